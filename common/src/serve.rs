@@ -1,0 +1,187 @@
+//! A role's gRPC server: HTTP/2 settings for megabytes, health, reflection, and a shutdown that finishes what runs.
+
+use crate::{
+    channel::{CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, STREAM_WINDOW_BYTES},
+    status,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+use tokio::net::TcpListener;
+use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    body::Body,
+    service::{Routes, RoutesBuilder},
+    transport::{Error as TransportError, Server},
+};
+use tower::ServiceExt;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+/// How a role serves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Address to listen on; port 0 takes a free one, which the `ready` log line names.
+    pub grpc_addr: SocketAddr,
+    /// After SIGTERM, streams may go on for this long before they are cancelled with `UNAVAILABLE`.
+    pub drain_ms: u64,
+    /// A connection is closed gracefully at this age, so that clients find new replicas. 0 means never.
+    pub max_connection_age_ms: u64,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self { grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)), drain_ms: 30_000, max_connection_age_ms: 0 }
+    }
+}
+
+/// What can be done to a server from outside while it runs.
+#[derive(Clone)]
+pub struct ServerHandle {
+    reporter: HealthReporter,
+    services: Vec<&'static str>,
+    routes: Arc<OnceLock<Routes>>,
+}
+
+impl ServerHandle {
+    /// Puts the services in place. Until then every call but those to health and reflection is answered `UNAVAILABLE`.
+    pub fn install(&self, routes: RoutesBuilder) {
+        if self.routes.set(routes.routes()).is_err() {
+            tracing::warn!("services were installed twice; the first stay");
+        }
+    }
+
+    /// Reports every service, and the process as a whole, as serving or not.
+    pub async fn set_serving(&self, serving: bool) {
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in self.services.iter().copied().chain([""]) {
+            self.reporter.set_service_status(service, status).await;
+        }
+    }
+}
+
+/// The two ends of a shutdown: a role stops accepting at `stop_accepting`, and cancels what still runs at `cancel`.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    /// SIGTERM came: no new work.
+    pub stop_accepting: CancellationToken,
+    /// The drain limit has passed: running streams end with `UNAVAILABLE`.
+    pub cancel: CancellationToken,
+}
+
+impl Shutdown {
+    /// Waits for SIGTERM or SIGINT, then lets `drain` pass before it cancels. A second signal cancels at once.
+    ///
+    /// # Errors
+    /// If the signal handlers cannot be installed.
+    pub fn on_signals(&self, drain: Duration) -> std::io::Result<()> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let this = self.clone();
+        tokio::spawn(async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tracing::info!(drain_ms = drain.as_millis() as u64, "draining");
+            this.stop_accepting.cancel();
+            tokio::select! { () = tokio::time::sleep(drain) => {}, _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            this.cancel.cancel();
+        });
+        Ok(())
+    }
+}
+
+/// A server that is bound but does not answer yet.
+pub struct RoleServer {
+    listener: TcpListener,
+    config: ServerConfig,
+    base: RoutesBuilder,
+    handle: ServerHandle,
+}
+
+impl RoleServer {
+    /// Binds the address and prepares health (NOT_SERVING until told otherwise) and reflection. `services` are the full
+    /// names, as in `idefics.vision.v1.VisionService`.
+    ///
+    /// # Errors
+    /// If the address cannot be bound.
+    pub async fn bind(config: ServerConfig, services: Vec<&'static str>) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(config.grpc_addr)
+            .await
+            .map_err(|e| std::io::Error::new(e.kind(), format!("cannot listen on {}: {e}; choose another with --grpc-addr", config.grpc_addr)))?;
+        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let handle = ServerHandle { reporter, services, routes: Arc::default() };
+        handle.set_serving(false).await;
+        let mut base = RoutesBuilder::default();
+        base.add_service(health_service);
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(idefics_proto::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        // Clients still use both versions of the protocol.
+        if let (Ok(v1), Ok(v1alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
+            base.add_service(v1).add_service(v1alpha);
+        }
+        Ok(Self { listener, config, base, handle })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// If the system does not say.
+    pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// To install the services and report health.
+    pub fn handle(&self) -> ServerHandle {
+        self.handle.clone()
+    }
+
+    /// Serves until shutdown: at `stop_accepting` health turns NOT_SERVING and no connection is taken any more; returns when
+    /// the last stream has ended, at the latest a second after `cancel`.
+    ///
+    /// # Errors
+    /// If the listener fails.
+    pub async fn serve(self, shutdown: Shutdown) -> Result<(), TransportError> {
+        let Self { listener, config, base, handle } = self;
+        // `Server::tcp_nodelay` does not reach sockets that are handed over; with Nagle's algorithm a call takes 50 ms.
+        let incoming = TcpListenerStream::new(listener).map(|socket| socket.inspect(|socket| drop(socket.set_nodelay(true))));
+        let mut server = Server::builder()
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(MAX_FRAME_BYTES)
+            .http2_keepalive_interval(Some(Duration::from_secs(20)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)));
+        if config.max_connection_age_ms > 0 {
+            server = server.max_connection_age(Duration::from_millis(config.max_connection_age_ms));
+        }
+        let installed = Arc::clone(&handle.routes);
+        let late = tower::service_fn(move |request: http::Request<axum::body::Body>| {
+            let routes = installed.get().cloned();
+            async move {
+                match routes {
+                    Some(routes) => routes.oneshot(request.map(Body::new)).await,
+                    None => Ok(status::unavailable("the model is still loading", Duration::from_secs(1)).into_http()),
+                }
+            }
+        });
+        let routes = Routes::from(base.routes().into_axum_router().fallback_service(late));
+        let stop = shutdown.stop_accepting.clone();
+        let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, async move {
+            stop.cancelled().await;
+            handle.set_serving(false).await;
+        });
+        tokio::select! {
+            result = serving => result,
+            () = async {
+                shutdown.cancel.cancelled().await;
+                // Streams see the cancellation themselves; this is for those that cannot send their last message.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            } => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! gRPC statuses with `google.rpc` details, and how to read them.
+
+use std::{collections::HashMap, time::Duration};
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, PreconditionViolation, StatusExt};
+
+/// Violation type of a decoder that lacks an image's tokens; the subject is the key in hexadecimal.
+pub const IMAGE_TOKENS_MISSING: &str = "IMAGE_TOKENS_MISSING";
+/// Violation type of roles that serve different checkpoints.
+pub const MODEL_FINGERPRINT: &str = "MODEL_FINGERPRINT";
+
+/// One thing that is wrong with a request: the field's path and what to change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Path in the request, as in `messages[0].content[1].image.data`.
+    pub field: String,
+    /// What was expected, what was found, what to change.
+    pub description: String,
+}
+
+impl Violation {
+    /// A violation of `field`.
+    pub fn new(field: impl Into<String>, description: impl Into<String>) -> Self {
+        Self { field: field.into(), description: description.into() }
+    }
+}
+
+/// `INVALID_ARGUMENT` with a field violation each.
+pub fn invalid_argument(violations: Vec<Violation>) -> Status {
+    let message = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect::<Vec<_>>().join("; ");
+    let details = violations.into_iter().map(|v| FieldViolation::new(v.field, v.description)).collect::<Vec<_>>();
+    Status::with_error_details(Code::InvalidArgument, message, ErrorDetails::with_bad_request(details))
+}
+
+/// `RESOURCE_EXHAUSTED` with RetryInfo.
+pub fn resource_exhausted(message: impl Into<String>, retry_after: Duration) -> Status {
+    Status::with_error_details(Code::ResourceExhausted, message, ErrorDetails::with_retry_info(Some(retry_after)))
+}
+
+/// `UNAVAILABLE` with RetryInfo: loading, draining, or a peer is down.
+pub fn unavailable(message: impl Into<String>, retry_after: Duration) -> Status {
+    Status::with_error_details(Code::Unavailable, message, ErrorDetails::with_retry_info(Some(retry_after)))
+}
+
+/// `FAILED_PRECONDITION` with a violation per subject.
+pub fn failed_precondition(kind: &str, subjects: impl IntoIterator<Item = String>, message: impl Into<String>) -> Status {
+    let message = message.into();
+    let violations = subjects.into_iter().map(|s| PreconditionViolation::new(kind, s, message.clone())).collect::<Vec<_>>();
+    Status::with_error_details(Code::FailedPrecondition, message, ErrorDetails::with_precondition_failure(violations))
+}
+
+/// `FAILED_PRECONDITION` because the caller's checkpoint is not ours.
+pub fn wrong_fingerprint(ours: &str, theirs: &str) -> Status {
+    let message = format!("this role serves the checkpoint {ours}, the request is for {theirs}; start all roles with the same --model");
+    failed_precondition(MODEL_FINGERPRINT, [theirs.to_owned()], message)
+}
+
+/// Subjects of the precondition violations of `kind` in a status.
+pub fn precondition_subjects(status: &Status, kind: &str) -> Vec<String> {
+    let violations = status.get_details_precondition_failure().map(|failure| failure.violations).unwrap_or_default();
+    violations.into_iter().filter(|v| v.r#type == kind).map(|v| v.subject).collect()
+}
+
+/// Field violations of a status, by field.
+pub fn field_violations(status: &Status) -> HashMap<String, String> {
+    let violations = status.get_details_bad_request().map(|bad| bad.field_violations).unwrap_or_default();
+    violations.into_iter().map(|v| (v.field, v.description)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn violations_survive_the_wire_format() {
+        let status = invalid_argument(vec![Violation::new("sampling.top_p", "is NaN, expected above 0 and up to 1")]);
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(field_violations(&status)["sampling.top_p"].contains("NaN"));
+        let status = failed_precondition(IMAGE_TOKENS_MISSING, ["ab".to_owned(), "cd".to_owned()], "put them first");
+        assert_eq!(precondition_subjects(&status, IMAGE_TOKENS_MISSING), ["ab", "cd"]);
+        assert!(precondition_subjects(&status, MODEL_FINGERPRINT).is_empty());
+    }
+}
