@@ -1,0 +1,213 @@
+//! The [`Backend`] trait: the ops from which every model is made, and the contract that they keep.
+
+use crate::{Columns, DType, Element, Matrix, Result, Tensor, weights::WeightView};
+
+/// What [`Backend::linear`] does with a product before it stores it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out = x W^T + bias`
+    Store,
+    /// `out = out + x W^T + bias`: the residual connection.
+    Accumulate,
+    /// `out = gelu_tanh(x W^T + bias)`; Hendrycks and Gimpel 2016, the tanh form that SigLIP uses.
+    GeluTanh,
+}
+
+/// Heads of an attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`. Query head `h` uses key head `h / (num_heads / num_kv_heads)`.
+    pub num_kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    /// Columns of all query heads.
+    pub fn q_size(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Columns of all key heads.
+    pub fn kv_size(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// `1 / sqrt(head_dim)`; Vaswani et al. 2017, section 3.2.1.
+    pub fn scale(&self) -> f32 {
+        (self.head_dim as f32).sqrt().recip()
+    }
+}
+
+/// Bidirectional attention over packed sequences: every query row of sequence `i` sees every key row of sequence `i`.
+pub struct VarlenAttention<'a, B: Backend> {
+    /// `[sum of query lengths, >= offset + q_size]`
+    pub q: Columns<'a, B>,
+    /// `[sum of key lengths, >= offset + kv_size]`
+    pub k: Columns<'a, B>,
+    /// `[sum of key lengths, >= offset + kv_size]`
+    pub v: Columns<'a, B>,
+    /// `[sequences + 1, 1]` i32: where each sequence's query rows start, and the total.
+    pub cu_seqlens_q: &'a Tensor<B>,
+    /// `[sequences + 1, 1]` i32: where each sequence's key rows start, and the total.
+    pub cu_seqlens_k: &'a Tensor<B>,
+    /// Longest query length, for the size of a launch.
+    pub max_seqlen_q: usize,
+    /// Longest key length.
+    pub max_seqlen_k: usize,
+    /// Heads.
+    pub shape: AttentionShape,
+}
+
+/// Keys and values of one layer in blocks of `block_size` token slots.
+pub struct KvCache<B: Backend> {
+    /// `[blocks x block_size, kv_size]`
+    pub k: Tensor<B>,
+    /// `[blocks x block_size, kv_size]`
+    pub v: Tensor<B>,
+    /// Token slots per block.
+    pub block_size: usize,
+}
+
+/// What [`Backend::paged_attention`] must know about a step: which rows belong to which sequence, and where their past lies.
+///
+/// Everything that varies from step to step is in device tensors.
+pub struct PagedAttention<'a, B: Backend> {
+    /// `[tokens, 1]` i32: position of each row in its sequence.
+    pub positions: &'a Tensor<B>,
+    /// `[sequences + 1, 1]` i32: where each sequence's rows start, and the total.
+    pub cu_seqlens_q: &'a Tensor<B>,
+    /// `[sequences, max blocks]` i32: the blocks of each sequence, in order.
+    pub block_tables: &'a Tensor<B>,
+    /// `[sequences, 1]` i32: tokens of each sequence in the cache, the step's own included.
+    pub context_lens: &'a Tensor<B>,
+    /// Most rows that a sequence has in this step.
+    pub max_seqlen_q: usize,
+    /// Position `i` sees positions `i - window + 1 ..= i`; `None` means from 0.
+    pub sliding_window: Option<usize>,
+    /// Heads.
+    pub shape: AttentionShape,
+}
+
+/// Names a sequence of ops with fixed shapes that a backend may record once and replay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GraphKey {
+    /// Which sequence of ops: unique per model and phase.
+    pub name: &'static str,
+    /// Its size bucket: sequences of a decode step, patches of a vision pass.
+    pub bucket: usize,
+}
+
+/// A device and its fused ops.
+///
+/// # Contract
+/// An op never allocates device memory, never synchronises, and never reads device memory on the host. It reads the row
+/// windows of its inputs and overwrites that of its output, whose rows must be as many as the op produces. Inputs and
+/// output are distinct tensors. Shapes are checked before the device is touched ([`crate::check`]); a mismatch is
+/// [`Error::Shape`](crate::Error::Shape). Sums are accumulated in f32 or better.
+///
+/// [`alloc`](Self::alloc), [`load_weight`](Self::load_weight), [`upload`](Self::upload) and
+/// [`download`](Self::download) are not ops: they may allocate and wait.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// Device memory of an activation.
+    type Storage: Send;
+    /// A weight, in the device's representation.
+    type WeightStorage: Send + Sync;
+
+    /// `cpu`, or the name of the card.
+    fn device_name(&self) -> String;
+
+    /// Element type of activations and of the KV cache.
+    fn activation_dtype(&self) -> DType;
+
+    /// A tensor of zeros, `[rows, cols]`; 0 rows or columns are allowed.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the memory is not there.
+    fn alloc(&self, rows: usize, cols: usize, dtype: DType) -> Result<Tensor<Self>>;
+
+    /// A weight made of `parts` stacked by rows; all have the same columns and element type. Vectors (one-dimensional
+    /// tensors: norms, biases) are concatenated instead, to `[1, sum]`. The CPU maps matrices, a card copies them.
+    ///
+    /// # Errors
+    /// If the parts do not fit together, or the memory is not there.
+    fn load_weight(&self, parts: &[WeightView]) -> Result<Matrix<Self>>;
+
+    /// Copies `src` into the window of `dst`.
+    ///
+    /// # Errors
+    /// If type or length differ, or the device fails.
+    fn upload<T: Element>(&self, src: &[T], dst: &mut Tensor<Self>) -> Result<()>;
+
+    /// Waits for the ops so far and copies the window of `src` into `dst`.
+    ///
+    /// # Errors
+    /// If type or length differ, or the device fails.
+    fn download<T: Element>(&self, src: &Tensor<Self>, dst: &mut [T]) -> Result<()>;
+
+    /// Runs `f`. A backend with graphs records its ops at the first sight of `key` and replays them after, so `f` must do
+    /// the same ops on the same tensors whenever `key` is the same.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    fn graphed(&self, key: GraphKey, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let _ = key;
+        f()
+    }
+
+    /// `out[i] = table[ids[i]]`: embedding look-up. `ids` `[n, 1]` i32, each below `table.rows`; `out` `[n, table.cols]`.
+    fn embed(&self, table: &Matrix<Self>, ids: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// `out[i] = src[rows[i]]`. `rows` `[n, 1]` i32 within the window of `src`; `out` `[n, src.cols]`.
+    fn gather_rows(&self, src: &Tensor<Self>, rows: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// `out[rows[i]] = src[i]`; other rows of `out` stay. `rows` `[n, 1]` i32, distinct, within the window of `out`.
+    fn scatter_rows(&self, src: &Tensor<Self>, rows: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// `out[p, j] = table[channel(j), pixels[p, j]]`: rescaling and normalisation of 8-bit patches. `pixels` `[patches,
+    /// channels x patch area]` u8, channel-major (the layout of the patch convolution's weight); `table` `[channels, 256]`
+    /// f32; `out` as `pixels`.
+    fn normalize_patches(&self, pixels: &Tensor<Self>, table: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// `x W^T + bias` with an epilogue. `x` `[n, weight.cols]`; `bias` `[1, weight.rows]`; `out` `[n, weight.rows]`, in the
+    /// activation type or f32.
+    fn linear(
+        &self,
+        x: &Tensor<Self>,
+        weight: &Matrix<Self>,
+        bias: Option<&Matrix<Self>>,
+        epilogue: Epilogue,
+        out: &mut Tensor<Self>,
+    ) -> Result<()>;
+
+    /// `x / sqrt(mean(x^2) + eps) * weight`; Zhang and Sennrich 2019. `weight` `[1, x.cols]`.
+    fn rms_norm(&self, x: &Tensor<Self>, weight: &Matrix<Self>, eps: f32, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// `(x - mean) / sqrt(var + eps) * weight + bias`; Ba et al. 2016. `weight` and `bias` `[1, x.cols]`.
+    fn layer_norm(&self, x: &Tensor<Self>, weight: &Matrix<Self>, bias: &Matrix<Self>, eps: f32, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// Rotates q and k of `qkv` `[tokens, q_size + 2 kv_size]` by their positions (Su et al. 2021; element `j` pairs with `j +
+    /// head_dim / 2`, as in the Hugging Face layout), q in place, k into the cache beside v. `positions` and `slots`
+    /// `[tokens, 1]` i32; a negative slot stores nothing. `inv_freq` `[1, head_dim / 2]` f32.
+    fn rope_and_store_kv(
+        &self,
+        qkv: &mut Tensor<Self>,
+        positions: &Tensor<Self>,
+        slots: &Tensor<Self>,
+        inv_freq: &Tensor<Self>,
+        shape: AttentionShape,
+        kv: &mut KvCache<Self>,
+    ) -> Result<()>;
+
+    /// Causal attention of the q columns of `qkv` over the cache, which holds the step's own keys already. `out` `[tokens,
+    /// q_size]`. FlashAttention (Dao 2023): scores are never stored.
+    fn paged_attention(&self, qkv: &Tensor<Self>, kv: &KvCache<Self>, step: &PagedAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// Bidirectional attention over packed sequences. `out` `[sum of query lengths, q_size]`. Scores are never stored.
+    fn attention_varlen(&self, attention: &VarlenAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// `silu(x[:, ..n]) * x[:, n..]`, with `x` `[tokens, 2 n]` and `out` `[tokens, n]`; Shazeer 2020 (SwiGLU).
+    fn silu_and_mul(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+}

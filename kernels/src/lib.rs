@@ -1,0 +1,17 @@
+//! The compute seam: one trait of fused ops, the tensors that it works on, and its backends.
+//!
+//! Models are written once against [`Backend`]; which backend runs them is decided when an engine starts.
+//! This crate knows neither async runtimes nor gRPC.
+
+mod backend;
+pub mod check;
+pub mod cpu;
+mod error;
+mod loader;
+mod tensor;
+pub mod weights;
+
+pub use backend::{AttentionShape, Backend, Epilogue, GraphKey, KvCache, PagedAttention, VarlenAttention};
+pub use error::{Error, Result};
+pub use loader::WeightLoader;
+pub use tensor::{Columns, DType, Element, Matrix, Tensor};
