@@ -1,0 +1,66 @@
+//! Section `decoder` of the configuration.
+
+use idefics_common::config::Validate;
+use serde::{Deserialize, Serialize};
+
+/// How the decoder role works.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Longest prompt and answer together; 0 means the checkpoint's `max_position_embeddings`, or what the KV cache holds if
+    /// that is less.
+    pub max_model_tokens: usize,
+    /// Memory of the KV cache. Pages that were never used cost nothing on the CPU.
+    pub kv_cache_bytes: usize,
+    /// Token slots per block of the KV cache.
+    pub block_size_tokens: usize,
+    /// Sequences that run at once.
+    pub max_num_seqs: usize,
+    /// Tokens in one forward pass: prompts are prefilled in chunks of at most this.
+    pub max_num_batched_tokens: usize,
+    /// Requests that may be reserved, wait or run; more are refused.
+    pub max_requests: usize,
+    /// Memory for image tokens that requests wait for or may use again.
+    pub image_store_bytes: usize,
+    /// A reservation that is not used ends after this time.
+    pub lease_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_model_tokens: 0,
+            kv_cache_bytes: 4 << 30,
+            block_size_tokens: 16,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            max_requests: 256,
+            image_store_bytes: 512 << 20,
+            lease_ms: 60_000,
+        }
+    }
+}
+
+impl Validate for Config {
+    fn problems(&self, problems: &mut Vec<String>) {
+        for (key, value) in [
+            ("kv_cache_bytes", self.kv_cache_bytes),
+            ("block_size_tokens", self.block_size_tokens),
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
+            ("max_requests", self.max_requests),
+            ("image_store_bytes", self.image_store_bytes),
+            ("lease_ms", self.lease_ms as usize),
+        ] {
+            if value == 0 {
+                problems.push(format!("decoder.{key} is 0, expected 1 or more"));
+            }
+        }
+        if self.max_num_batched_tokens < self.max_num_seqs {
+            problems.push(format!(
+                "decoder.max_num_batched_tokens is {}, expected at least max_num_seqs, {}",
+                self.max_num_batched_tokens, self.max_num_seqs
+            ));
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The language model.
+
+mod mistral;
+
+pub use mistral::{ImageRows, Mistral, StepInputs, Workspace};

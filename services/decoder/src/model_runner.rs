@@ -1,0 +1,212 @@
+//! Turns a schedule into one forward pass.
+
+use crate::{
+    block_manager::BlockManager,
+    config::Config,
+    model::{ImageRows, Mistral, StepInputs, Workspace},
+    scheduler::Scheduled,
+    sequence::Sequence,
+};
+use half::{bf16, f16};
+use idefics_common::checkpoint::ModelConfig;
+use idefics_kernels::{Backend, DType, Element, Error, GraphKey, KvCache, Result, Tensor, WeightLoader, weights::Weights};
+
+/// The model with its cache, its activations and its inputs.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    model: Mistral<B>,
+    kv: Vec<KvCache<B>>,
+    workspace: Workspace<B>,
+    inputs: StepInputs<B>,
+    images: ImageRows<B>,
+    hidden: usize,
+    vocab_size: usize,
+    max_blocks: usize,
+    logits: Vec<f32>,
+}
+
+/// Size of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSize {
+    /// Blocks of all layers.
+    pub num_blocks: usize,
+    /// Longest sequence in tokens.
+    pub max_model_tokens: usize,
+}
+
+impl CacheSize {
+    /// What `config` gives a model whose cache elements have `element_bytes` bytes.
+    ///
+    /// # Errors
+    /// If not even one block fits, or the configured context is longer than the checkpoint's.
+    pub fn new(config: &Config, model: &ModelConfig, element_bytes: usize) -> Result<Self> {
+        let text = &model.text_config;
+        let token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim() * element_bytes;
+        let num_blocks = config.kv_cache_bytes / (token_bytes * config.block_size_tokens);
+        let (slots, longest) = (num_blocks * config.block_size_tokens, text.max_position_embeddings);
+        let max_model_tokens = if config.max_model_tokens == 0 { longest.min(slots) } else { config.max_model_tokens };
+        if max_model_tokens > longest {
+            let what = format!("decoder.max_model_tokens is {max_model_tokens}, the checkpoint's max_position_embeddings is {longest}; lower it");
+            return Err(Error::Device(what));
+        }
+        if max_model_tokens > slots || slots == 0 {
+            let wanted = max_model_tokens.max(config.block_size_tokens).div_ceil(config.block_size_tokens) * config.block_size_tokens * token_bytes;
+            let what = format!(
+                "decoder.kv_cache_bytes is {}, which holds {slots} tokens of {token_bytes} bytes; expected {wanted} or more for {max_model_tokens} tokens",
+                config.kv_cache_bytes
+            );
+            return Err(Error::Device(what));
+        }
+        // More blocks than all sequences can fill would never be used.
+        let most = max_model_tokens.div_ceil(config.block_size_tokens) * config.max_num_seqs;
+        Ok(Self { num_blocks: num_blocks.min(most), max_model_tokens })
+    }
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Loads the model and allocates everything that a step needs.
+    ///
+    /// # Errors
+    /// If the weights are not those of `model`, or the device has no room.
+    pub fn load(backend: B, weights: &Weights, model: &ModelConfig, config: &Config, cache: CacheSize, progress: &dyn Fn(usize)) -> Result<Self> {
+        let text = &model.text_config;
+        let loaded = Mistral::load(&WeightLoader::new(&backend, weights, progress), text, model.tie_word_embeddings)?;
+        let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
+        let kv_size = text.num_key_value_heads * text.head_dim();
+        let max_blocks = cache.max_model_tokens.div_ceil(config.block_size_tokens);
+        let slots = cache.num_blocks * config.block_size_tokens;
+        let i32s = |rows, cols| backend.alloc(rows, cols, DType::I32);
+        let cache_tensor = || backend.alloc(slots, kv_size, backend.activation_dtype());
+        let kv = (0..text.num_hidden_layers)
+            .map(|_| Ok(KvCache { k: cache_tensor()?, v: cache_tensor()?, block_size: config.block_size_tokens }))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            kv,
+            workspace: Workspace::new(&backend, text, tokens, seqs)?,
+            inputs: StepInputs {
+                token_ids: i32s(tokens, 1)?,
+                positions: i32s(tokens, 1)?,
+                slots: i32s(tokens, 1)?,
+                cu_seqlens_q: i32s(seqs + 1, 1)?,
+                block_tables: i32s(seqs, max_blocks)?,
+                context_lens: i32s(seqs, 1)?,
+                output_rows: i32s(seqs, 1)?,
+                max_seqlen_q: 0,
+            },
+            images: ImageRows { tokens: backend.alloc(tokens, text.hidden_size, backend.activation_dtype())?, rows: i32s(tokens, 1)? },
+            hidden: text.hidden_size,
+            vocab_size: text.vocab_size,
+            max_blocks,
+            logits: Vec::new(),
+            model: loaded,
+            backend,
+        })
+    }
+
+    /// The blocks that the cache has.
+    pub fn block_manager(&self, cache: CacheSize, config: &Config) -> BlockManager {
+        BlockManager::new(cache.num_blocks, config.block_size_tokens)
+    }
+
+    /// Computes the step. Returns, in the order of `step`, the logits of each sequence whose last token was computed: pairs of
+    /// the sequence's index and its row `[vocab]`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn run(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<(usize, &[f32])>> {
+        let outputs = self.prepare(step, sequences)?;
+        let has_images = self.prepare_images(step, sequences)?;
+        let Self { backend, model, kv, workspace, inputs, images, .. } = self;
+        let images = has_images.then_some(&*images);
+        if images.is_none() && inputs.max_seqlen_q == 1 && outputs.len() == step.len() {
+            let key = GraphKey { name: "decode", bucket: step.len() };
+            backend.graphed(key, &mut || model.forward(backend, inputs, None, kv, workspace))?;
+        } else {
+            model.forward(backend, inputs, images, kv, workspace)?;
+        }
+        self.logits.resize(outputs.len() * self.vocab_size, 0.0);
+        if !outputs.is_empty() {
+            self.backend.download(self.workspace.logits(), &mut self.logits)?;
+        }
+        Ok(outputs.into_iter().zip(self.logits.chunks_exact(self.vocab_size)).collect())
+    }
+
+    /// Uploads the step; returns the sequences whose next token it gives.
+    fn prepare(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<usize>> {
+        let tokens = step.iter().map(|part| part.num_tokens).sum();
+        let (mut token_ids, mut positions, mut slots) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        let (mut cu_seqlens, mut tables, mut context_lens) = (vec![0], Vec::new(), Vec::new());
+        let (mut output_rows, mut outputs) = (Vec::new(), Vec::new());
+        for part in step {
+            let sequence = &sequences[part.sequence];
+            let table = sequence.block_table.as_ref().ok_or_else(|| Error::shape("model_runner", "a scheduled sequence has no blocks"))?;
+            let range = sequence.num_computed..sequence.num_computed + part.num_tokens;
+            token_ids.extend(sequence.token_ids[range.clone()].iter().map(|id| *id as i32));
+            positions.extend(range.clone().map(|p| p as i32));
+            slots.extend(range.clone().map(|p| table.slot(p)));
+            cu_seqlens.push(token_ids.len() as i32);
+            context_lens.push(range.end as i32);
+            let row = tables.len();
+            tables.extend(table.blocks().iter().map(|b| *b as i32));
+            tables.resize(row + self.max_blocks, 0);
+            if range.end == sequence.token_ids.len() {
+                output_rows.push(token_ids.len() as i32 - 1);
+                outputs.push(part.sequence);
+            }
+        }
+        let inputs = &mut self.inputs;
+        inputs.max_seqlen_q = step.iter().map(|part| part.num_tokens).max().unwrap_or(0);
+        for (values, tensor) in [
+            (&token_ids, &mut inputs.token_ids),
+            (&positions, &mut inputs.positions),
+            (&slots, &mut inputs.slots),
+            (&cu_seqlens, &mut inputs.cu_seqlens_q),
+            (&tables, &mut inputs.block_tables),
+            (&context_lens, &mut inputs.context_lens),
+            (&output_rows, &mut inputs.output_rows),
+        ] {
+            tensor.set_rows(values.len() / tensor.cols())?;
+            self.backend.upload(values, tensor)?;
+        }
+        Ok(outputs)
+    }
+
+    /// Uploads the image rows of the step's tokens; returns whether there are any.
+    fn prepare_images(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<bool> {
+        let (mut values, mut rows, mut first_row) = (Vec::new(), Vec::new(), 0);
+        for part in step {
+            let sequence = &sequences[part.sequence];
+            let range = sequence.num_computed..sequence.num_computed + part.num_tokens;
+            for span in &sequence.image_spans {
+                let (start, end) = (span.positions.start.max(range.start), span.positions.end.min(range.end));
+                if start < end {
+                    let row = span.first_row + start - span.positions.start;
+                    values.extend(span.image.values(row..row + end - start));
+                    rows.extend((start..end).map(|p| (first_row + p - range.start) as i32));
+                }
+            }
+            first_row += part.num_tokens;
+        }
+        if rows.is_empty() {
+            return Ok(false);
+        }
+        self.images.tokens.set_rows(values.len() / self.hidden)?;
+        self.images.rows.set_rows(rows.len())?;
+        self.backend.upload(&rows, &mut self.images.rows)?;
+        upload_as(&self.backend, &values, &mut self.images.tokens)?;
+        Ok(true)
+    }
+}
+
+/// Uploads f32 values in the tensor's own type.
+fn upload_as<B: Backend>(backend: &B, values: &[f32], tensor: &mut Tensor<B>) -> Result<()> {
+    fn convert<B: Backend, T: Element>(backend: &B, values: &[f32], tensor: &mut Tensor<B>, to: fn(f32) -> T) -> Result<()> {
+        let values: Vec<T> = values.iter().map(|v| to(*v)).collect();
+        backend.upload(&values, tensor)
+    }
+    match tensor.dtype() {
+        DType::F16 => convert(backend, values, tensor, f16::from_f32),
+        DType::Bf16 => convert(backend, values, tensor, bf16::from_f32),
+        _ => backend.upload(values, tensor),
+    }
+}

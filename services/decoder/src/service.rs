@@ -1,0 +1,313 @@
+//! The gRPC face of the decoder role.
+
+use crate::{
+    config::Config,
+    engine::Engine,
+    image_store::{ImageKey, ImageStore, ImageTokens, StoreError},
+    sequence::{Event, FinishReason, ImageSpan, Logprobs, Request as EngineRequest, SamplingParams},
+};
+use idefics_common::{
+    channel::MAX_MESSAGE_BYTES,
+    checkpoint::Checkpoint,
+    serve::Shutdown,
+    status::{self, IMAGE_TOKENS_MISSING, Violation},
+};
+use idefics_kernels::DType;
+use idefics_proto::{
+    decoder::v1::{self as pb, decoder_service_server::{DecoderService, DecoderServiceServer}, generate_response::Event as PbEvent},
+    tensor::v1 as tensor,
+};
+use std::{
+    pin::Pin,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+/// Full name of the service, for health.
+pub const SERVICE_NAME: &str = "idefics.decoder.v1.DecoderService";
+/// Most log-probabilities per position.
+const MAX_LOGPROBS: u32 = 20;
+/// When to try again after a refusal: about the time of a short answer.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The decoder role: admission and image tokens here, generation in the engine.
+pub struct Decoder {
+    engine: Engine,
+    images: Mutex<ImageStore>,
+    config: Config,
+    fingerprint: String,
+    image_token_id: u32,
+    vocab_size: usize,
+    hidden_size: usize,
+    tokens_per_image: usize,
+    shutdown: Shutdown,
+}
+
+impl Decoder {
+    /// A role around a running engine.
+    pub fn new(config: Config, checkpoint: &Checkpoint, fingerprint: String, engine: Engine, shutdown: Shutdown) -> Self {
+        Self {
+            engine,
+            images: Mutex::new(ImageStore::new(config.image_store_bytes, Duration::from_millis(config.lease_ms))),
+            config,
+            fingerprint,
+            image_token_id: checkpoint.config.image_token_id,
+            vocab_size: checkpoint.config.text_config.vocab_size,
+            hidden_size: checkpoint.config.text_config.hidden_size,
+            tokens_per_image: checkpoint.tokens_per_image(),
+            shutdown,
+        }
+    }
+
+    /// The generated server around this role.
+    pub fn into_server(self) -> DecoderServiceServer<Self> {
+        DecoderServiceServer::new(self).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    fn images(&self) -> MutexGuard<'_, ImageStore> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_alive(&self) -> Result<(), Status> {
+        if self.shutdown.stop_accepting.is_cancelled() {
+            return Err(status::unavailable("the decoder is shutting down; ask another replica", RETRY_AFTER));
+        }
+        if *self.engine.alive().borrow() { Ok(()) } else { Err(ended()) }
+    }
+
+    fn check_fingerprint(&self, theirs: &str) -> Result<(), Status> {
+        if theirs == self.fingerprint { Ok(()) } else { Err(status::wrong_fingerprint(&self.fingerprint, theirs)) }
+    }
+
+    fn check_length(&self, prompt_tokens: usize, max_new_tokens: usize) -> Result<(), Status> {
+        let limit = self.engine.max_model_tokens();
+        if prompt_tokens == 0 || max_new_tokens == 0 {
+            let field = if prompt_tokens == 0 { "token_ids" } else { "max_new_tokens" };
+            return Err(status::invalid_argument(vec![Violation::new(field, "is 0, expected 1 or more")]));
+        }
+        if prompt_tokens.saturating_add(max_new_tokens) > limit {
+            let message = format!(
+                "prompt is {prompt_tokens} tokens and max_new_tokens {max_new_tokens}, together more than {limit}; shorten the prompt, lower max_new_tokens or raise decoder.max_model_tokens"
+            );
+            return Err(Status::out_of_range(message));
+        }
+        Ok(())
+    }
+
+    /// Every violation of a `Generate` request but its length; on success the distinct keys of its images.
+    fn check_prompt(&self, request: &pb::GenerateRequest) -> Result<Vec<ImageKey>, Vec<Violation>> {
+        let mut violations = Vec::new();
+        if let Some(at) = request.token_ids.iter().position(|id| *id as usize >= self.vocab_size) {
+            let what = format!("is {}, expected below the vocabulary's size, {}", request.token_ids[at], self.vocab_size);
+            violations.push(Violation::new(format!("token_ids[{at}]"), what));
+        }
+        let mut keys = Vec::new();
+        let mut free_from = 0;
+        for (i, span) in request.image_spans.iter().enumerate() {
+            match image_key(&span.key, &format!("image_spans[{i}].key")) {
+                Ok(key) if !keys.contains(&key) => keys.push(key),
+                Ok(_) => {}
+                Err(violation) => violations.push(violation),
+            }
+            let start = span.start as usize;
+            let ids = request.token_ids.get(start..start.saturating_add(self.tokens_per_image));
+            if start < free_from || !ids.is_some_and(|ids| ids.iter().all(|id| *id == self.image_token_id)) {
+                let what = format!("is {start}, expected the first of {} image tokens (id {}) behind the last span", self.tokens_per_image, self.image_token_id);
+                violations.push(Violation::new(format!("image_spans[{i}].start"), what));
+            }
+            free_from = start.saturating_add(self.tokens_per_image);
+        }
+        let (found, expected) =
+            (request.token_ids.iter().filter(|id| **id == self.image_token_id).count(), request.image_spans.len() * self.tokens_per_image);
+        if found != expected {
+            violations.push(Violation::new("token_ids", format!("has {found} image tokens, the image spans take {expected}")));
+        }
+        if violations.is_empty() { Ok(keys) } else { Err(violations) }
+    }
+
+    fn engine_request(&self, request: pb::GenerateRequest, sampling: SamplingParams, keys: &[ImageKey]) -> Result<EngineRequest, Status> {
+        let images = self.images().take(&request.request_id, keys).map_err(store_status)?;
+        let mut image_spans = Vec::with_capacity(request.image_spans.len());
+        for (i, span) in request.image_spans.iter().enumerate() {
+            let key = image_key(&span.key, "image_spans.key").map_err(|v| status::invalid_argument(vec![v]))?;
+            let (start, first_row) = (span.start as usize, (span.sub_image as usize).saturating_mul(self.tokens_per_image));
+            let image = images.get(&key).ok_or_else(|| Status::internal("an image that was there is gone"))?;
+            if first_row.saturating_add(self.tokens_per_image) > image.rows() {
+                let what = format!("is {}, the image has {} sub-images", span.sub_image, image.rows() / self.tokens_per_image);
+                return Err(status::invalid_argument(vec![Violation::new(format!("image_spans[{i}].sub_image"), what)]));
+            }
+            image_spans.push(ImageSpan { positions: start..start + self.tokens_per_image, image: image.clone(), first_row });
+        }
+        Ok(EngineRequest {
+            request_id: request.request_id,
+            token_ids: request.token_ids,
+            image_spans,
+            max_new_tokens: request.max_new_tokens as usize,
+            sampling,
+        })
+    }
+}
+
+type GenerateStream = Pin<Box<dyn Stream<Item = Result<pb::GenerateResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl DecoderService for Decoder {
+    type GenerateStream = GenerateStream;
+
+    async fn reserve(&self, request: Request<pb::ReserveRequest>) -> Result<Response<pb::ReserveResponse>, Status> {
+        let request = request.into_inner();
+        self.check_alive()?;
+        self.check_fingerprint(&request.model_fingerprint)?;
+        self.check_length(request.prompt_tokens as usize, request.max_new_tokens as usize)?;
+        let mut keys = Vec::new();
+        for (i, key) in request.image_keys.iter().enumerate() {
+            let key = image_key(key, &format!("image_keys[{i}]")).map_err(|v| status::invalid_argument(vec![v]))?;
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        let in_engine = self.engine.stats().num_sequences.load(std::sync::atomic::Ordering::Relaxed);
+        let mut images = self.images();
+        let room = self.config.max_requests.saturating_sub(in_engine);
+        let missing = images.reserve(&request.request_id, keys, room).map_err(store_status)?;
+        let lease_ms = images.lease().as_millis() as u64;
+        let missing_image_keys = missing.iter().map(|key| bytes::Bytes::copy_from_slice(&key.0)).collect();
+        Ok(Response::new(pb::ReserveResponse { missing_image_keys, lease_ms }))
+    }
+
+    async fn release(&self, request: Request<pb::ReleaseRequest>) -> Result<Response<pb::ReleaseResponse>, Status> {
+        self.images().release(&request.into_inner().request_id);
+        Ok(Response::new(pb::ReleaseResponse {}))
+    }
+
+    async fn put_image_tokens(&self, request: Request<pb::PutImageTokensRequest>) -> Result<Response<pb::PutImageTokensResponse>, Status> {
+        let request = request.into_inner();
+        self.check_alive()?;
+        self.check_fingerprint(&request.model_fingerprint)?;
+        let invalid = |field: &str, what: String| status::invalid_argument(vec![Violation::new(field, what)]);
+        let key = image_key(&request.key, "key").map_err(|v| status::invalid_argument(vec![v]))?;
+        let wire = request.image_tokens.ok_or_else(|| invalid("image_tokens", "is absent, expected a tensor".into()))?;
+        let tokens = from_wire(wire, self.tokens_per_image, self.hidden_size).map_err(|what| invalid("image_tokens", what))?;
+        self.images().put(key, tokens).map_err(store_status)?;
+        Ok(Response::new(pb::PutImageTokensResponse {}))
+    }
+
+    async fn generate(&self, request: Request<pb::GenerateRequest>) -> Result<Response<GenerateStream>, Status> {
+        let request = request.into_inner();
+        self.check_alive()?;
+        self.check_length(request.token_ids.len(), request.max_new_tokens as usize)?;
+        let sampling = sampling_params(request.sampling.unwrap_or_default());
+        let (sampling, keys) = match (sampling, self.check_prompt(&request)) {
+            (Ok(sampling), Ok(keys)) => (sampling, keys),
+            (a, b) => return Err(status::invalid_argument(a.err().into_iter().chain(b.err()).flatten().collect())),
+        };
+        let span = tracing::info_span!("generate", request_id = %request.request_id);
+        let events = self.engine.submit(self.engine_request(request, sampling, &keys)?, span);
+        Ok(Response::new(Box::pin(responses(events, self.shutdown.clone()))))
+    }
+
+    async fn get_info(&self, _: Request<pb::GetInfoRequest>) -> Result<Response<pb::GetInfoResponse>, Status> {
+        self.check_alive()?;
+        Ok(Response::new(pb::GetInfoResponse {
+            model_fingerprint: self.fingerprint.clone(),
+            max_model_tokens: self.engine.max_model_tokens() as u32,
+            tokens_per_image: self.tokens_per_image as u32,
+            hidden_size: self.hidden_size as u32,
+            device: self.engine.device_name().to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+}
+
+/// The engine's events on the wire. Dropping the stream drops the receiver, which cancels the sequence.
+fn responses(events: UnboundedReceiver<Event>, shutdown: Shutdown) -> impl Stream<Item = Result<pb::GenerateResponse, Status>> {
+    // `None` behind the last event.
+    futures::stream::unfold(Some(events), move |events| {
+        let shutdown = shutdown.clone();
+        async move {
+            let mut events = events?;
+            let event = tokio::select! {
+                biased;
+                event = events.recv() => event,
+                () = shutdown.cancel.cancelled() => {
+                    return Some((Err(status::unavailable("the decoder is shutting down; ask again", RETRY_AFTER)), None));
+                }
+            };
+            Some(match event {
+                Some(Event::Token { token_id, logprobs }) => (Ok(response(PbEvent::Token(to_wire(token_id, logprobs)))), Some(events)),
+                Some(Event::Finished { reason, queue_ms, prefill_ms, decode_ms }) => {
+                    let reason = match reason {
+                        FinishReason::Stop => pb::FinishReason::Stop,
+                        FinishReason::Length => pb::FinishReason::Length,
+                    };
+                    (Ok(response(PbEvent::Finished(pb::Finished { reason: reason.into(), queue_ms, prefill_ms, decode_ms }))), None)
+                }
+                Some(Event::Failed(error)) => (Err(Status::internal(error)), None),
+                None => (Err(ended()), None),
+            })
+        }
+    })
+}
+
+fn response(event: PbEvent) -> pb::GenerateResponse {
+    pb::GenerateResponse { event: Some(event) }
+}
+
+fn to_wire(token_id: u32, logprobs: Option<Logprobs>) -> pb::GeneratedToken {
+    let logprob = logprobs.as_ref().map(|l| l.logprob);
+    let top = logprobs.map(|l| l.top).unwrap_or_default();
+    pb::GeneratedToken { token_id, logprob, top: top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect() }
+}
+
+fn ended() -> Status {
+    Status::internal("the decoder's engine has ended; the replica must be restarted")
+}
+
+fn image_key(bytes: &[u8], field: &str) -> Result<ImageKey, Violation> {
+    let key = bytes.try_into().map_err(|_| Violation::new(field, format!("has {} bytes, expected 32", bytes.len())))?;
+    Ok(ImageKey(key))
+}
+
+fn store_status(error: StoreError) -> Status {
+    let message = error.to_string();
+    match error {
+        StoreError::Missing(keys) => status::failed_precondition(IMAGE_TOKENS_MISSING, keys.iter().map(ToString::to_string), message),
+        StoreError::TooManyRequests(_) | StoreError::Full { .. } => status::resource_exhausted(message, RETRY_AFTER),
+        StoreError::TooLarge { .. } => Status::out_of_range(message),
+    }
+}
+
+fn from_wire(wire: tensor::Tensor, tokens_per_image: usize, hidden_size: usize) -> Result<ImageTokens, String> {
+    let dtype = match wire.dtype() {
+        tensor::DataType::F32 => DType::F32,
+        tensor::DataType::F16 => DType::F16,
+        tensor::DataType::Bf16 => DType::Bf16,
+        tensor::DataType::Unspecified => return Err(format!("dtype is {}, expected f32, f16 or bf16", wire.dtype)),
+    };
+    match wire.shape[..] {
+        [rows, hidden] if hidden == hidden_size as u64 && rows > 0 && rows.is_multiple_of(tokens_per_image as u64) => {
+            ImageTokens::new(wire.data, dtype, rows as usize, hidden_size)
+        }
+        _ => Err(format!("shape is {:?}, expected [n x {tokens_per_image}, {hidden_size}]", wire.shape)),
+    }
+}
+
+fn sampling_params(wire: pb::SamplingParams) -> Result<SamplingParams, Vec<Violation>> {
+    let mut violations = Vec::new();
+    let mut expect = |right: bool, field: &str, found: String, expected: &str| {
+        if !right {
+            violations.push(Violation::new(format!("sampling.{field}"), format!("is {found}, expected {expected}")));
+        }
+    };
+    expect((0.0..=2.0).contains(&wire.temperature), "temperature", wire.temperature.to_string(), "from 0 to 2");
+    expect(wire.top_p > 0.0 && wire.top_p <= 1.0, "top_p", wire.top_p.to_string(), "above 0, up to 1");
+    expect(wire.logprobs.is_none_or(|n| n <= MAX_LOGPROBS), "logprobs", format!("{:?}", wire.logprobs), "from 0 to 20");
+    if !violations.is_empty() {
+        return Err(violations);
+    }
+    let seed = wire.seed.unwrap_or_else(rand::random);
+    Ok(SamplingParams { temperature: wire.temperature, top_p: wire.top_p, top_k: wire.top_k, seed, logprobs: wire.logprobs })
+}
