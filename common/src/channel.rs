@@ -56,7 +56,8 @@ where
 /// # Errors
 /// If `uri` is not one.
 pub fn remote(uri: &str, config: &ChannelConfig) -> Result<GrpcChannel, String> {
-    let endpoint = Endpoint::from_shared(uri.to_owned()).map_err(|e| format!("{uri:?} is not a URI such as http://127.0.0.1:50052: {e}"))?;
+    let endpoint =
+        Endpoint::from_shared(uri.to_owned()).map_err(|e| format!("{uri:?} is not a URI such as http://127.0.0.1:50052: {e}"))?;
     if !matches!(endpoint.uri().scheme_str(), Some("http")) || endpoint.uri().authority().is_none() {
         return Err(format!("{uri:?} is not a URI such as http://127.0.0.1:50052"));
     }

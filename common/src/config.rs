@@ -46,7 +46,8 @@ where
         }
         figment = figment.merge(Toml::file_exact(file));
     }
-    let figment = figment.merge(Env::prefixed(ENV_PREFIX).filter(|key| key.as_str().contains("__")).split("__")).merge(Serialized::defaults(flags));
+    let figment =
+        figment.merge(Env::prefixed(ENV_PREFIX).filter(|key| key.as_str().contains("__")).split("__")).merge(Serialized::defaults(flags));
     let config: T = figment.extract().map_err(|e| ConfigError::Invalid(describe(e)))?;
     let mut problems = Vec::new();
     config.problems(&mut problems);

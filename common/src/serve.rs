@@ -18,8 +18,8 @@ use tonic::{
     service::{Routes, RoutesBuilder},
     transport::{Error as TransportError, Server},
 };
-use tower::ServiceExt;
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::ServiceExt;
 
 /// How a role serves.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -108,9 +108,9 @@ impl RoleServer {
     /// # Errors
     /// If the address cannot be bound.
     pub async fn bind(config: ServerConfig, services: Vec<&'static str>) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(config.grpc_addr)
-            .await
-            .map_err(|e| std::io::Error::new(e.kind(), format!("cannot listen on {}: {e}; choose another with --grpc-addr", config.grpc_addr)))?;
+        let listener = TcpListener::bind(config.grpc_addr).await.map_err(|e| {
+            std::io::Error::new(e.kind(), format!("cannot listen on {}: {e}; choose another with --grpc-addr", config.grpc_addr))
+        })?;
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let handle = ServerHandle { reporter, services, routes: Arc::default() };
         handle.set_serving(false).await;

@@ -263,7 +263,10 @@ impl ModelConfig {
         expect(vision.num_channels == 3, format!("vision_config.num_channels is {}, expected 3", vision.num_channels));
         expect(
             vision.hidden_size.is_multiple_of(vision.num_attention_heads),
-            format!("vision_config.hidden_size {} is not a multiple of num_attention_heads {}", vision.hidden_size, vision.num_attention_heads),
+            format!(
+                "vision_config.hidden_size {} is not a multiple of num_attention_heads {}",
+                vision.hidden_size, vision.num_attention_heads
+            ),
         );
         expect(
             vision.image_size >= vision.patch_size,
@@ -271,15 +274,30 @@ impl ModelConfig {
         );
         expect(
             perceiver.resampler_n_heads.is_multiple_of(perceiver.num_key_value_heads),
-            format!("perceiver_config.resampler_n_heads {} is not a multiple of num_key_value_heads {}", perceiver.resampler_n_heads, perceiver.num_key_value_heads),
+            format!(
+                "perceiver_config.resampler_n_heads {} is not a multiple of num_key_value_heads {}",
+                perceiver.resampler_n_heads, perceiver.num_key_value_heads
+            ),
         );
         expect(
             text.num_attention_heads.is_multiple_of(text.num_key_value_heads),
-            format!("text_config.num_attention_heads {} is not a multiple of num_key_value_heads {}", text.num_attention_heads, text.num_key_value_heads),
+            format!(
+                "text_config.num_attention_heads {} is not a multiple of num_key_value_heads {}",
+                text.num_attention_heads, text.num_key_value_heads
+            ),
         );
-        expect(text.head_dim().is_multiple_of(2) && text.head_dim() > 0, format!("text_config.head_dim is {}, expected an even number", text.head_dim()));
-        expect((self.image_token_id as usize) < text.vocab_size, format!("image_token_id {} is not below vocab_size {}", self.image_token_id, text.vocab_size));
-        expect(vision.hidden_act == "gelu_pytorch_tanh", format!("vision_config.hidden_act is {:?}, served is \"gelu_pytorch_tanh\"", vision.hidden_act));
+        expect(
+            text.head_dim().is_multiple_of(2) && text.head_dim() > 0,
+            format!("text_config.head_dim is {}, expected an even number", text.head_dim()),
+        );
+        expect(
+            (self.image_token_id as usize) < text.vocab_size,
+            format!("image_token_id {} is not below vocab_size {}", self.image_token_id, text.vocab_size),
+        );
+        expect(
+            vision.hidden_act == "gelu_pytorch_tanh",
+            format!("vision_config.hidden_act is {:?}, served is \"gelu_pytorch_tanh\"", vision.hidden_act),
+        );
         expect(perceiver.hidden_act == "silu", format!("perceiver_config.hidden_act is {:?}, served is \"silu\"", perceiver.hidden_act));
         expect(text.hidden_act == "silu", format!("text_config.hidden_act is {:?}, served is \"silu\"", text.hidden_act));
         expect(text.rope_scaling.is_none(), "text_config.rope_scaling is set, served is null".into());
@@ -300,7 +318,9 @@ mod tests {
 
     #[test]
     fn left_out_values_take_class_defaults() {
-        let config = parse(r#"{"model_type": "idefics2", "text_config": {"vocab_size": 32003, "rms_norm_eps": 1e-5}, "vision_config": {"hidden_size": 1152}}"#);
+        let config = parse(
+            r#"{"model_type": "idefics2", "text_config": {"vocab_size": 32003, "rms_norm_eps": 1e-5}, "vision_config": {"hidden_size": 1152}}"#,
+        );
         let text = &config.text_config;
         assert_eq!((text.hidden_size, text.intermediate_size, text.head_dim(), text.num_key_value_heads), (4096, 14336, 128, 8));
         assert_eq!((text.sliding_window, text.rope_theta, text.rms_norm_eps), (Some(4096), 10000.0, 1e-5));
@@ -315,15 +335,20 @@ mod tests {
 
     #[test]
     fn perceiver_takes_width_and_eps_of_text_where_widths_differ() {
-        let config = parse(r#"{"text_config": {"hidden_size": 256, "rms_norm_eps": 1e-5}, "perceiver_config": {"hidden_size": 512, "rms_norm_eps": 1e-3}}"#);
+        let config = parse(
+            r#"{"text_config": {"hidden_size": 256, "rms_norm_eps": 1e-5}, "perceiver_config": {"hidden_size": 512, "rms_norm_eps": 1e-3}}"#,
+        );
         assert_eq!((config.perceiver_config.hidden_size, config.perceiver_config.rms_norm_eps), (256, 1e-5));
-        let config = parse(r#"{"text_config": {"hidden_size": 256, "rms_norm_eps": 1e-5}, "perceiver_config": {"hidden_size": 256, "rms_norm_eps": 1e-3}}"#);
+        let config = parse(
+            r#"{"text_config": {"hidden_size": 256, "rms_norm_eps": 1e-5}, "perceiver_config": {"hidden_size": 256, "rms_norm_eps": 1e-3}}"#,
+        );
         assert_eq!(config.perceiver_config.rms_norm_eps, 1e-3);
     }
 
     #[test]
     fn every_problem_is_reported_at_once() {
-        let problems = parse(r#"{"model_type": "llava", "text_config": {"num_attention_heads": 0, "sliding_window": 0}}"#).validate().unwrap_err();
+        let problems =
+            parse(r#"{"model_type": "llava", "text_config": {"num_attention_heads": 0, "sliding_window": 0}}"#).validate().unwrap_err();
         for expected in ["\"llava\"", "num_attention_heads is 0", "sliding_window is 0"] {
             assert!(problems.contains(expected), "{problems}");
         }
@@ -331,7 +356,9 @@ mod tests {
 
     #[test]
     fn quantised_weights_are_refused() {
-        let config = parse(r#"{"model_type": "idefics2", "text_config": {"vocab_size": 32003}, "vision_config": {"patch_size": 14}, "quantization_config": {"quant_method": "awq"}}"#);
+        let config = parse(
+            r#"{"model_type": "idefics2", "text_config": {"vocab_size": 32003}, "vision_config": {"patch_size": 14}, "quantization_config": {"quant_method": "awq"}}"#,
+        );
         assert!(config.validate().unwrap_err().contains("quantised (awq)"));
     }
 }

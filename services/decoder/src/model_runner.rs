@@ -46,11 +46,13 @@ impl CacheSize {
         let (slots, longest) = (num_blocks * config.block_size_tokens, text.max_position_embeddings);
         let max_model_tokens = if config.max_model_tokens == 0 { longest.min(slots) } else { config.max_model_tokens };
         if max_model_tokens > longest {
-            let what = format!("decoder.max_model_tokens is {max_model_tokens}, the checkpoint's max_position_embeddings is {longest}; lower it");
+            let what =
+                format!("decoder.max_model_tokens is {max_model_tokens}, the checkpoint's max_position_embeddings is {longest}; lower it");
             return Err(Error::Device(what));
         }
         if max_model_tokens > slots || slots == 0 {
-            let wanted = max_model_tokens.max(config.block_size_tokens).div_ceil(config.block_size_tokens) * config.block_size_tokens * token_bytes;
+            let wanted =
+                max_model_tokens.max(config.block_size_tokens).div_ceil(config.block_size_tokens) * config.block_size_tokens * token_bytes;
             let what = format!(
                 "decoder.kv_cache_bytes is {}, which holds {slots} tokens of {token_bytes} bytes; expected {wanted} or more for {max_model_tokens} tokens",
                 config.kv_cache_bytes
@@ -68,7 +70,14 @@ impl<B: Backend> ModelRunner<B> {
     ///
     /// # Errors
     /// If the weights are not those of `model`, or the device has no room.
-    pub fn load(backend: B, weights: &Weights, model: &ModelConfig, config: &Config, cache: CacheSize, progress: &dyn Fn(usize)) -> Result<Self> {
+    pub fn load(
+        backend: B,
+        weights: &Weights,
+        model: &ModelConfig,
+        config: &Config,
+        cache: CacheSize,
+        progress: &dyn Fn(usize),
+    ) -> Result<Self> {
         let text = &model.text_config;
         let loaded = Mistral::load(&WeightLoader::new(&backend, weights, progress), text, model.tie_word_embeddings)?;
         let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
@@ -134,7 +143,8 @@ impl<B: Backend> ModelRunner<B> {
     /// Uploads the step; returns the sequences whose next token it gives.
     fn prepare(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<usize>> {
         let tokens = step.iter().map(|part| part.num_tokens).sum();
-        let (mut token_ids, mut positions, mut slots) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        let (mut token_ids, mut positions, mut slots) =
+            (Vec::with_capacity(tokens), Vec::with_capacity(tokens), Vec::with_capacity(tokens));
         let (mut cu_seqlens, mut tables, mut context_lens) = (vec![0], Vec::new(), Vec::new());
         let (mut output_rows, mut outputs) = (Vec::new(), Vec::new());
         for part in step {

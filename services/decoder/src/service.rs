@@ -14,7 +14,11 @@ use idefics_common::{
 };
 use idefics_kernels::DType;
 use idefics_proto::{
-    decoder::v1::{self as pb, decoder_service_server::{DecoderService, DecoderServiceServer}, generate_response::Event as PbEvent},
+    decoder::v1::{
+        self as pb,
+        decoder_service_server::{DecoderService, DecoderServiceServer},
+        generate_response::Event as PbEvent,
+    },
     tensor::v1 as tensor,
 };
 use std::{
@@ -115,7 +119,10 @@ impl Decoder {
             let start = span.start as usize;
             let ids = request.token_ids.get(start..start.saturating_add(self.tokens_per_image));
             if start < free_from || !ids.is_some_and(|ids| ids.iter().all(|id| *id == self.image_token_id)) {
-                let what = format!("is {start}, expected the first of {} image tokens (id {}) behind the last span", self.tokens_per_image, self.image_token_id);
+                let what = format!(
+                    "is {start}, expected the first of {} image tokens (id {}) behind the last span",
+                    self.tokens_per_image, self.image_token_id
+                );
                 violations.push(Violation::new(format!("image_spans[{i}].start"), what));
             }
             free_from = start.saturating_add(self.tokens_per_image);
@@ -259,7 +266,11 @@ fn response(event: PbEvent) -> pb::GenerateResponse {
 fn to_wire(token_id: u32, logprobs: Option<Logprobs>) -> pb::GeneratedToken {
     let logprob = logprobs.as_ref().map(|l| l.logprob);
     let top = logprobs.map(|l| l.top).unwrap_or_default();
-    pb::GeneratedToken { token_id, logprob, top: top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect() }
+    pb::GeneratedToken {
+        token_id,
+        logprob,
+        top: top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect(),
+    }
 }
 
 fn ended() -> Status {

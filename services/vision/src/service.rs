@@ -49,7 +49,14 @@ pub struct Vision {
 
 impl Vision {
     /// A role around a running engine. `decoder` is the decoder in the same process, if there is one.
-    pub fn new(config: &Config, checkpoint: &Checkpoint, fingerprint: String, engine: Engine, decoder: Option<GrpcChannel>, shutdown: Shutdown) -> Self {
+    pub fn new(
+        config: &Config,
+        checkpoint: &Checkpoint,
+        fingerprint: String,
+        engine: Engine,
+        decoder: Option<GrpcChannel>,
+        shutdown: Shutdown,
+    ) -> Self {
         let threads = match config.preprocess_threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
@@ -86,7 +93,10 @@ impl Vision {
         let (longest, shortest) = (options.longest_edge, options.shortest_edge);
         let (patch, largest) = (self.model.patch_size as u32, self.model.image_size as u32);
         if longest > largest || longest < shortest {
-            violations.push(Violation::new("options.longest_edge", format!("is {longest}, expected from the shortest edge, {shortest}, to {largest}")));
+            violations.push(Violation::new(
+                "options.longest_edge",
+                format!("is {longest}, expected from the shortest edge, {shortest}, to {largest}"),
+            ));
         }
         if shortest < patch {
             violations.push(Violation::new("options.shortest_edge", format!("is {shortest}, expected from {patch} to the longest edge")));

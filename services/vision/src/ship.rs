@@ -58,7 +58,13 @@ mod tests {
         assert!(matches("http://decoder-0:50053", "http://decoder-0:50053"));
         assert!(!matches("http://decoder-0:50053", "http://decoder-0:50054"));
         assert!(matches("http://*.decoder:50053", "http://decoder-7.decoder:50053"));
-        for uri in ["http://.decoder:50053x", "http://evil/.decoder:50053", "http://user@evil#.decoder:50053", "http://.decoder:50053", "https://a.decoder:50053"] {
+        for uri in [
+            "http://.decoder:50053x",
+            "http://evil/.decoder:50053",
+            "http://user@evil#.decoder:50053",
+            "http://.decoder:50053",
+            "https://a.decoder:50053",
+        ] {
             assert!(!matches("http://*.decoder:50053", uri), "{uri}");
         }
     }

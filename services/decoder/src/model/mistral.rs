@@ -21,7 +21,14 @@ impl<B: Backend> Attention<B> {
     }
 
     /// `hidden += o(attention(q, k, v))`
-    fn forward(&self, backend: &B, ws: &mut Workspace<B>, kv: &mut KvCache<B>, step: &StepInputs<B>, paged: &PagedAttention<'_, B>) -> Result<()> {
+    fn forward(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        kv: &mut KvCache<B>,
+        step: &StepInputs<B>,
+        paged: &PagedAttention<'_, B>,
+    ) -> Result<()> {
         backend.linear(&ws.normed, &self.qkv_proj, None, Epilogue::Store, &mut ws.qkv)?;
         backend.rope_and_store_kv(&mut ws.qkv, &step.positions, &step.slots, &ws.inv_freq, paged.shape, kv)?;
         backend.paged_attention(&ws.qkv, kv, paged, &mut ws.attention)?;
@@ -68,7 +75,15 @@ impl<B: Backend> DecoderLayer<B> {
         })
     }
 
-    fn forward(&self, backend: &B, ws: &mut Workspace<B>, kv: &mut KvCache<B>, step: &StepInputs<B>, paged: &PagedAttention<'_, B>, eps: f32) -> Result<()> {
+    fn forward(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        kv: &mut KvCache<B>,
+        step: &StepInputs<B>,
+        paged: &PagedAttention<'_, B>,
+        eps: f32,
+    ) -> Result<()> {
         backend.rms_norm(&ws.hidden, &self.input_layernorm, eps, &mut ws.normed)?;
         self.self_attn.forward(backend, ws, kv, step, paged)?;
         backend.rms_norm(&ws.hidden, &self.post_attention_layernorm, eps, &mut ws.normed)?;
@@ -106,16 +121,16 @@ pub struct ImageRows<B: Backend> {
 
 /// Every activation of a step, allocated once for the largest.
 pub struct Workspace<B: Backend> {
-    hidden: Tensor<B>,    // [T, hidden] the residual stream
-    normed: Tensor<B>,    // [T, hidden]
-    qkv: Tensor<B>,       // [T, q_size + 2 * kv_size]
-    attention: Tensor<B>, // [T, q_size]
-    gate_up: Tensor<B>,   // [T, 2 * intermediate]
-    activated: Tensor<B>, // [T, intermediate]
-    outputs: Tensor<B>,   // [O, hidden] the rows whose next token is wanted
+    hidden: Tensor<B>,         // [T, hidden] the residual stream
+    normed: Tensor<B>,         // [T, hidden]
+    qkv: Tensor<B>,            // [T, q_size + 2 * kv_size]
+    attention: Tensor<B>,      // [T, q_size]
+    gate_up: Tensor<B>,        // [T, 2 * intermediate]
+    activated: Tensor<B>,      // [T, intermediate]
+    outputs: Tensor<B>,        // [O, hidden] the rows whose next token is wanted
     normed_outputs: Tensor<B>, // [O, hidden]
-    logits: Tensor<B>,    // [O, vocab] f32
-    inv_freq: Tensor<B>,  // [1, head_dim / 2] f32
+    logits: Tensor<B>,         // [O, vocab] f32
+    inv_freq: Tensor<B>,       // [1, head_dim / 2] f32
 }
 
 impl<B: Backend> Workspace<B> {
@@ -183,7 +198,9 @@ impl<B: Backend> Mistral<B> {
         let (layers, table) = (model.sub("layers"), [config.vocab_size, config.hidden_size]);
         Ok(Self {
             embed_tokens: model.tensor("embed_tokens.weight", table)?,
-            layers: (0..config.num_hidden_layers).map(|i| DecoderLayer::load(&layers.sub(&i.to_string()), config, shape)).collect::<Result<_>>()?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| DecoderLayer::load(&layers.sub(&i.to_string()), config, shape))
+                .collect::<Result<_>>()?,
             norm: model.tensor("norm.weight", [config.hidden_size])?,
             lm_head: if tie_word_embeddings { None } else { Some(root.tensor("lm_head.weight", table)?) },
             shape,
@@ -197,7 +214,14 @@ impl<B: Backend> Mistral<B> {
     ///
     /// # Errors
     /// If the inputs do not fit together, or the device fails.
-    pub fn forward(&self, backend: &B, step: &StepInputs<B>, images: Option<&ImageRows<B>>, kv: &mut [KvCache<B>], ws: &mut Workspace<B>) -> Result<()> {
+    pub fn forward(
+        &self,
+        backend: &B,
+        step: &StepInputs<B>,
+        images: Option<&ImageRows<B>>,
+        kv: &mut [KvCache<B>],
+        ws: &mut Workspace<B>,
+    ) -> Result<()> {
         ws.set_rows(step.token_ids.rows(), step.output_rows.rows())?;
         let paged = PagedAttention {
             positions: &step.positions,

@@ -19,7 +19,8 @@ pub(super) struct ModalityProjection<B: Backend> {
 
 impl<B: Backend> ModalityProjection<B> {
     pub(super) fn load(backend: &B, loader: &WeightLoader<'_, B>, config: &ModelConfig, max_patches: usize) -> Result<Self> {
-        let (vision, hidden, intermediate) = (config.vision_config.hidden_size, config.text_config.hidden_size, config.text_config.intermediate_size);
+        let (vision, hidden, intermediate) =
+            (config.vision_config.hidden_size, config.text_config.hidden_size, config.text_config.intermediate_size);
         let alloc = |rows, cols| backend.alloc(rows, cols, backend.activation_dtype());
         let chunk = CHUNK_ROWS.min(max_patches);
         Ok(Self {

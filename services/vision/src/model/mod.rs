@@ -25,15 +25,15 @@ pub struct VisionModel<B: Backend> {
 
 /// What a pass reads from the host.
 struct Inputs<B: Backend> {
-    pixels: Tensor<B>,          // [P, 3 * patch * patch] u8
-    normalization: Tensor<B>,   // [3, 256] f32
-    position_ids: Tensor<B>,    // [P, 1] i32
-    cu_seqlens: Tensor<B>,      // [S + 1, 1] i32: patches
-    cu_seqlens_q: Tensor<B>,    // [S + 1, 1] i32: latents
-    cu_seqlens_k: Tensor<B>,    // [S + 1, 1] i32: patches and latents
-    latent_ids: Tensor<B>,      // [S * L, 1] i32: 0..L for each sub-image
-    context_rows: Tensor<B>,    // [P, 1] i32: where a patch's key goes
-    latent_rows: Tensor<B>,     // [S * L, 1] i32: where a latent's key goes
+    pixels: Tensor<B>,        // [P, 3 * patch * patch] u8
+    normalization: Tensor<B>, // [3, 256] f32
+    position_ids: Tensor<B>,  // [P, 1] i32
+    cu_seqlens: Tensor<B>,    // [S + 1, 1] i32: patches
+    cu_seqlens_q: Tensor<B>,  // [S + 1, 1] i32: latents
+    cu_seqlens_k: Tensor<B>,  // [S + 1, 1] i32: patches and latents
+    latent_ids: Tensor<B>,    // [S * L, 1] i32: 0..L for each sub-image
+    context_rows: Tensor<B>,  // [P, 1] i32: where a patch's key goes
+    latent_rows: Tensor<B>,   // [S * L, 1] i32: where a latent's key goes
 }
 
 /// How much one forward pass takes.
@@ -62,7 +62,13 @@ impl<B: Backend> VisionModel<B> {
     ///
     /// # Errors
     /// If a tensor is missing or has another shape than `config` says, or the device has no room.
-    pub fn load(backend: &B, root: &WeightLoader<'_, B>, config: &ModelConfig, normalization: &Normalization, limits: PassLimits) -> Result<Self> {
+    pub fn load(
+        backend: &B,
+        root: &WeightLoader<'_, B>,
+        config: &ModelConfig,
+        normalization: &Normalization,
+        limits: PassLimits,
+    ) -> Result<Self> {
         let (vision, latents) = (&config.vision_config, config.perceiver_config.resampler_n_latents);
         let (patches, sub_images) = (limits.max_patches, limits.max_sub_images);
         let i32s = |rows| backend.alloc(rows, 1, DType::I32);
@@ -116,7 +122,8 @@ impl<B: Backend> VisionModel<B> {
         let latents = self.perceiver.latents();
         let patches: usize = sub_images.iter().map(|grid| grid.rows * grid.cols).sum();
         if patches > self.inputs.pixels.capacity() || sub_images.len() + 1 > self.inputs.cu_seqlens.capacity() {
-            let what = format!("{} sub-images of {patches} patches in one pass, which takes {}", sub_images.len(), self.inputs.pixels.capacity());
+            let what =
+                format!("{} sub-images of {patches} patches in one pass, which takes {}", sub_images.len(), self.inputs.pixels.capacity());
             return Err(Error::shape("vision pass", what));
         }
         let (mut pixels, mut positions) = (Vec::with_capacity(patches * self.inputs.pixels.cols()), Vec::with_capacity(patches));

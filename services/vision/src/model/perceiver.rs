@@ -36,7 +36,15 @@ impl<B: Backend> PerceiverLayer<B> {
         })
     }
 
-    fn forward(&self, backend: &B, ws: &mut Workspace<B>, context: &Tensor<B>, shape: AttentionShape, eps: f32, packing: &Packing<'_, B>) -> Result<()> {
+    fn forward(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        context: &Tensor<B>,
+        shape: AttentionShape,
+        eps: f32,
+        packing: &Packing<'_, B>,
+    ) -> Result<()> {
         // Keys and values come from the patches and the latents, each with its own norm.
         backend.rms_norm(context, &self.input_context_norm, eps, &mut ws.normed_context)?;
         backend.linear(&ws.normed_context, &self.kv_proj, None, Epilogue::Store, &mut ws.context_kv)?;
@@ -92,14 +100,19 @@ pub(super) struct Perceiver<B: Backend> {
 impl<B: Backend> Perceiver<B> {
     pub(super) fn load(backend: &B, loader: &WeightLoader<'_, B>, config: &PerceiverConfig, limits: PassLimits) -> Result<Self> {
         let (hidden, count) = (config.hidden_size, config.resampler_n_latents);
-        let shape =
-            AttentionShape { num_heads: config.resampler_n_heads, num_kv_heads: config.num_key_value_heads, head_dim: config.resampler_head_dim };
+        let shape = AttentionShape {
+            num_heads: config.resampler_n_heads,
+            num_kv_heads: config.num_key_value_heads,
+            head_dim: config.resampler_head_dim,
+        };
         let layers = loader.sub("layers");
         let (patches, rows) = (limits.max_patches, limits.max_sub_images * count);
         let alloc = |rows, cols| backend.alloc(rows, cols, backend.activation_dtype());
         Ok(Self {
             latents: loader.tensor("latents", [count, hidden])?,
-            layers: (0..config.resampler_depth).map(|i| PerceiverLayer::load(&layers.sub(&i.to_string()), hidden, shape)).collect::<Result<_>>()?,
+            layers: (0..config.resampler_depth)
+                .map(|i| PerceiverLayer::load(&layers.sub(&i.to_string()), hidden, shape))
+                .collect::<Result<_>>()?,
             norm: loader.tensor("norm.weight", [hidden])?,
             workspace: Workspace {
                 latents: alloc(rows, hidden)?,
@@ -126,7 +139,8 @@ impl<B: Backend> Perceiver<B> {
     /// `[P, hidden]` to `[sub-images * latents, hidden]`.
     pub(super) fn forward(&mut self, backend: &B, context: &Tensor<B>, packing: &Packing<'_, B>) -> Result<&Tensor<B>> {
         let (ws, patches, rows) = (&mut self.workspace, context.rows(), packing.latent_ids.rows());
-        for tensor in [&mut ws.latents, &mut ws.normed, &mut ws.latent_kv, &mut ws.q, &mut ws.attention, &mut ws.gate_up, &mut ws.activated] {
+        for tensor in [&mut ws.latents, &mut ws.normed, &mut ws.latent_kv, &mut ws.q, &mut ws.attention, &mut ws.gate_up, &mut ws.activated]
+        {
             tensor.set_rows(rows)?;
         }
         ws.normed_context.set_rows(patches)?;

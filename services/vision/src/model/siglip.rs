@@ -92,7 +92,7 @@ struct Workspace<B: Backend> {
 }
 
 pub(super) struct VisionTower<B: Backend> {
-    patch_embedding: Linear<B>,   // [hidden, 3 * patch * patch]: the convolution as a product
+    patch_embedding: Linear<B>,    // [hidden, 3 * patch * patch]: the convolution as a product
     position_embedding: Matrix<B>, // [side * side, hidden]
     layers: Vec<EncoderLayer<B>>,
     post_layernorm: LayerNorm<B>,
@@ -113,7 +113,9 @@ impl<B: Backend> VisionTower<B> {
                 bias: embeddings.tensor("patch_embedding.bias", [hidden])?,
             },
             position_embedding: embeddings.tensor("position_embedding.weight", [positions, hidden])?,
-            layers: (0..config.num_hidden_layers).map(|i| EncoderLayer::load(&layers.sub(&i.to_string()), config)).collect::<Result<_>>()?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| EncoderLayer::load(&layers.sub(&i.to_string()), config))
+                .collect::<Result<_>>()?,
             post_layernorm: LayerNorm::load(&loader.sub("post_layernorm"), hidden)?,
             workspace: Workspace {
                 patches: alloc(config.num_channels * patch * patch)?,
@@ -122,7 +124,11 @@ impl<B: Backend> VisionTower<B> {
                 qkv: alloc(3 * hidden)?,
                 mlp: alloc(config.intermediate_size)?,
             },
-            shape: AttentionShape { num_heads: config.num_attention_heads, num_kv_heads: config.num_attention_heads, head_dim: config.head_dim() },
+            shape: AttentionShape {
+                num_heads: config.num_attention_heads,
+                num_kv_heads: config.num_attention_heads,
+                head_dim: config.head_dim(),
+            },
             eps: config.layer_norm_eps,
         })
     }

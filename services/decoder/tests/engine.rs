@@ -1,0 +1,177 @@
+//! The engine on a tiny random model: what a request gets must not depend on how it was scheduled.
+
+mod common;
+
+use common::{HIDDEN, IMAGE, LATENTS, VOCAB, checkpoint};
+use idefics_decoder::{
+    Config, Engine, EngineOptions,
+    image_store::ImageTokens,
+    sequence::{Event, FinishReason, ImageSpan, Request, SamplingParams},
+};
+use idefics_kernels::{
+    DType,
+    cpu::{Cpu, CpuOptions},
+    weights::Weights,
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::sync::{Arc, atomic::Ordering};
+use tempfile::TempDir;
+use tracing::Span;
+
+const GREEDY: SamplingParams = SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, logprobs: None };
+
+fn engine(config: Config) -> (TempDir, Engine) {
+    let (folder, checkpoint) = checkpoint();
+    let options = EngineOptions {
+        weights: Weights::open(folder.path()).unwrap(),
+        model: checkpoint.config.clone(),
+        config,
+        stop_token_ids: checkpoint.stop_token_ids(),
+        banned_token_ids: checkpoint.banned_token_ids(),
+        progress: Box::new(|_| {}),
+    };
+    (folder, Engine::start(Cpu::new(CpuOptions::default()).unwrap(), options).unwrap())
+}
+
+fn small() -> Config {
+    Config { kv_cache_bytes: 1 << 20, max_num_seqs: 4, max_num_batched_tokens: 7, block_size_tokens: 4, ..Config::default() }
+}
+
+fn large() -> Config {
+    Config { kv_cache_bytes: 8 << 20, ..Config::default() }
+}
+
+/// A prompt of random ids with an image in the middle of every other one.
+fn request(rng: &mut ChaCha8Rng, with_image: bool, sampling: SamplingParams) -> Request {
+    let length = rng.random_range(5..60);
+    let mut token_ids: Vec<u32> = (0..length).map(|_| rng.random_range(3..IMAGE)).collect();
+    let mut image_spans = Vec::new();
+    if with_image {
+        let values: Vec<u8> = (0..2 * LATENTS * HIDDEN).flat_map(|_| (rng.random::<f32>() - 0.5).to_le_bytes()).collect();
+        let image = Arc::new(ImageTokens::new(values.into(), DType::F32, 2 * LATENTS, HIDDEN).unwrap());
+        for sub_image in 0..2 {
+            let start = token_ids.len() - rng.random_range(0..3);
+            token_ids.truncate(start);
+            token_ids.extend([IMAGE; LATENTS]);
+            image_spans.push(ImageSpan { positions: start..start + LATENTS, image: image.clone(), first_row: sub_image * LATENTS });
+            token_ids.extend([7, 8, 9]);
+        }
+    }
+    Request { request_id: "test".into(), token_ids, image_spans, max_new_tokens: rng.random_range(1..20), sampling }
+}
+
+fn requests(sampling: SamplingParams) -> Vec<Request> {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    (0..12).map(|i| request(&mut rng, i % 2 == 0, SamplingParams { seed: i, ..sampling })).collect()
+}
+
+async fn collect(mut events: tokio::sync::mpsc::UnboundedReceiver<Event>) -> (Vec<u32>, FinishReason) {
+    let mut tokens = Vec::new();
+    loop {
+        match events.recv().await.expect("a request ends with an event") {
+            Event::Token { token_id, .. } => tokens.push(token_id),
+            Event::Finished { reason, .. } => return (tokens, reason),
+            Event::Failed(error) => panic!("{error}"),
+        }
+    }
+}
+
+async fn alone(sampling: SamplingParams) -> Vec<(Vec<u32>, FinishReason)> {
+    let (_folder, engine) = engine(large());
+    let mut answers = Vec::new();
+    for request in requests(sampling) {
+        answers.push(collect(engine.submit(request, Span::none())).await);
+    }
+    answers
+}
+
+async fn together(sampling: SamplingParams) -> Vec<(Vec<u32>, FinishReason)> {
+    let (_folder, engine) = engine(small());
+    let receivers: Vec<_> = requests(sampling).into_iter().map(|r| engine.submit(r, Span::none())).collect();
+    let mut answers = Vec::new();
+    for events in receivers {
+        answers.push(collect(events).await);
+    }
+    assert_eq!(engine.stats().num_blocks.load(Ordering::Relaxed), (1 << 20) / (2 * 2 * 32 * 4 * 4));
+    answers
+}
+
+#[tokio::test]
+async fn chunks_and_batches_give_each_request_what_it_gets_alone() {
+    let answers = alone(GREEDY).await;
+    assert_eq!(together(GREEDY).await, answers);
+    let distinct: std::collections::BTreeSet<&Vec<u32>> = answers.iter().map(|(tokens, _)| tokens).collect();
+    assert!(distinct.len() > 6, "the prompts must matter: {distinct:?}");
+    assert!(answers.iter().flat_map(|(tokens, _)| tokens).all(|id| (*id as usize) < VOCAB && *id != IMAGE && *id != 41));
+}
+
+#[tokio::test]
+async fn seeded_sampling_does_not_depend_on_the_batch() {
+    let hot = SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY };
+    assert_eq!(together(hot).await, alone(hot).await);
+}
+
+#[tokio::test]
+async fn image_rows_replace_embeddings() {
+    let (_folder, engine) = engine(large());
+    let request = |value: f32| {
+        let values = (0..LATENTS * HIDDEN).flat_map(|i| (value * ((i * 37 % 19) as f32 - 9.0)).to_le_bytes()).collect::<Vec<u8>>();
+        let image = Arc::new(ImageTokens::new(values.into(), DType::F32, LATENTS, HIDDEN).unwrap());
+        let token_ids = [vec![5, 6], vec![IMAGE; LATENTS], vec![7]].concat();
+        let sampling = SamplingParams { logprobs: Some(1), ..GREEDY };
+        Request {
+            request_id: String::new(),
+            token_ids,
+            image_spans: vec![ImageSpan { positions: 2..2 + LATENTS, image, first_row: 0 }],
+            max_new_tokens: 1,
+            sampling,
+        }
+    };
+    let mut first_logprobs = Vec::new();
+    for value in [0.1, -0.1] {
+        let mut events = engine.submit(request(value), Span::none());
+        let Some(Event::Token { logprobs: Some(logprobs), .. }) = events.recv().await else { panic!("a token comes first") };
+        first_logprobs.push(logprobs);
+    }
+    assert_ne!(first_logprobs[0], first_logprobs[1]);
+}
+
+#[tokio::test]
+async fn dropped_stream_frees_blocks() {
+    let (_folder, engine) = engine(small());
+    let sampling = GREEDY;
+    let long = Request { request_id: String::new(), token_ids: vec![5; 20], image_spans: vec![], max_new_tokens: 400, sampling };
+    let mut events = engine.submit(long, Span::none());
+    assert!(matches!(events.recv().await, Some(Event::Token { .. })));
+    drop(events);
+    // The next request is scheduled in a step after the one that dropped the first.
+    let next = Request { request_id: String::new(), token_ids: vec![6; 4], image_spans: vec![], max_new_tokens: 2, sampling };
+    collect(engine.submit(next, Span::none())).await;
+    let all = engine.stats().num_blocks.load(Ordering::Relaxed);
+    // Counts are published after the step that sent the last event.
+    while engine.stats().num_free_blocks.load(Ordering::Relaxed) != all {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn context_beyond_the_cache_is_refused_at_start() {
+    let (folder, checkpoint) = checkpoint();
+    let start = |config: Config| {
+        let options = EngineOptions {
+            weights: Weights::open(folder.path()).unwrap(),
+            model: checkpoint.config.clone(),
+            config,
+            stop_token_ids: vec![],
+            banned_token_ids: vec![],
+            progress: Box::new(|_| {}),
+        };
+        Engine::start(Cpu::new(CpuOptions::default()).unwrap(), options).map(|engine| engine.max_model_tokens()).map_err(|e| e.to_string())
+    };
+    assert_eq!(start(large()), Ok(512));
+    // 2 layers x k and v x 32 elements x 4 bytes = 512 bytes a token.
+    assert_eq!(start(Config { kv_cache_bytes: 512 * 64, ..large() }), Ok(64));
+    assert!(start(Config { kv_cache_bytes: 512 * 64, max_model_tokens: 65, ..large() }).unwrap_err().contains("kv_cache_bytes"));
+    assert!(start(Config { max_model_tokens: 513, ..large() }).unwrap_err().contains("max_position_embeddings"));
+}

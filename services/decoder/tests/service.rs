@@ -1,0 +1,182 @@
+//! The decoder's gRPC face, called in process.
+
+mod common;
+
+use common::{HIDDEN, IMAGE, LATENTS, VOCAB, checkpoint};
+use idefics_common::{
+    channel::{GrpcChannel, in_process},
+    serve::Shutdown,
+    status::{self, IMAGE_TOKENS_MISSING, MODEL_FINGERPRINT},
+};
+use idefics_decoder::{Config, Decoder, Engine, EngineOptions};
+use idefics_kernels::{
+    cpu::{Cpu, CpuOptions},
+    weights::Weights,
+};
+use idefics_proto::{
+    decoder::v1::{
+        GenerateRequest, ImageSpan, PutImageTokensRequest, ReleaseRequest, ReserveRequest, SamplingParams,
+        decoder_service_client::DecoderServiceClient, generate_response::Event,
+    },
+    tensor::v1::{DataType, Tensor},
+};
+use tempfile::TempDir;
+use tonic::Code;
+
+const FINGERPRINT: &str = "this model";
+
+fn client(config: Config, shutdown: &Shutdown) -> (TempDir, DecoderServiceClient<GrpcChannel>) {
+    let (folder, checkpoint) = checkpoint();
+    let options = EngineOptions {
+        weights: Weights::open(folder.path()).unwrap(),
+        model: checkpoint.config.clone(),
+        config: config.clone(),
+        stop_token_ids: vec![],
+        banned_token_ids: checkpoint.banned_token_ids(),
+        progress: Box::new(|_| {}),
+    };
+    let engine = Engine::start(Cpu::new(CpuOptions::default()).unwrap(), options).unwrap();
+    let decoder = Decoder::new(config, &checkpoint, FINGERPRINT.into(), engine, shutdown.clone());
+    (folder, DecoderServiceClient::new(in_process(decoder.into_server())))
+}
+
+fn config() -> Config {
+    Config { kv_cache_bytes: 8 << 20, ..Config::default() }
+}
+
+fn reserve(request_id: &str, keys: &[[u8; 32]]) -> ReserveRequest {
+    let image_keys = keys.iter().map(|k| k.to_vec().into()).collect();
+    ReserveRequest { request_id: request_id.into(), model_fingerprint: FINGERPRINT.into(), image_keys, prompt_tokens: 6, max_new_tokens: 5 }
+}
+
+fn put(key: [u8; 32], rows: usize, value: f32) -> PutImageTokensRequest {
+    let tensor = Tensor {
+        dtype: DataType::F32.into(),
+        shape: vec![rows as u64, HIDDEN as u64],
+        data: value.to_le_bytes().repeat(rows * HIDDEN).into(),
+    };
+    PutImageTokensRequest { key: key.to_vec().into(), model_fingerprint: FINGERPRINT.into(), image_tokens: Some(tensor) }
+}
+
+fn generate(request_id: &str, key: [u8; 32]) -> GenerateRequest {
+    GenerateRequest {
+        request_id: request_id.into(),
+        token_ids: [vec![5], vec![IMAGE; LATENTS], vec![6]].concat(),
+        image_spans: vec![ImageSpan { key: key.to_vec().into(), sub_image: 0, start: 1 }],
+        max_new_tokens: 5,
+        sampling: Some(SamplingParams { top_p: 1.0, logprobs: Some(2), ..SamplingParams::default() }),
+    }
+}
+
+#[tokio::test]
+async fn reserved_shipped_and_generated() {
+    let (_folder, mut client) = client(config(), &Shutdown::default());
+    let key = [7; 32];
+    let reserved = client.reserve(reserve("a", &[key])).await.unwrap().into_inner();
+    assert_eq!(reserved.missing_image_keys, [key.to_vec()]);
+    client.put_image_tokens(put(key, LATENTS, 0.5)).await.unwrap();
+    assert!(client.reserve(reserve("b", &[key])).await.unwrap().into_inner().missing_image_keys.is_empty());
+    let mut stream = client.generate(generate("a", key)).await.unwrap().into_inner();
+    let (mut tokens, mut finished) = (0, 0);
+    while let Some(message) = stream.message().await.unwrap() {
+        match message.event.unwrap() {
+            Event::Token(token) => {
+                assert_eq!((token.top.len(), token.logprob.is_some()), (2, true));
+                tokens += 1;
+            }
+            Event::Finished(_) => finished += 1,
+        }
+    }
+    assert_eq!((tokens, finished), (5, 1));
+}
+
+#[tokio::test]
+async fn missing_images_are_named() {
+    let (_folder, mut client) = client(config(), &Shutdown::default());
+    let status = client.generate(generate("a", [0xab; 32])).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert_eq!(status::precondition_subjects(&status, IMAGE_TOKENS_MISSING), ["ab".repeat(32)]);
+}
+
+#[tokio::test]
+async fn other_models_are_refused() {
+    let (_folder, mut client) = client(config(), &Shutdown::default());
+    let other = || "another model".to_owned();
+    let status = client.reserve(ReserveRequest { model_fingerprint: other(), ..reserve("a", &[]) }).await.unwrap_err();
+    assert_eq!(status::precondition_subjects(&status, MODEL_FINGERPRINT), [other()]);
+    let status =
+        client.put_image_tokens(PutImageTokensRequest { model_fingerprint: other(), ..put([1; 32], LATENTS, 0.0) }).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn bad_tensors_are_refused() {
+    let (_folder, mut client) = client(config(), &Shutdown::default());
+    for (request, expected) in [
+        (put([1; 32], LATENTS, f32::NAN), "not finite"),
+        (put([1; 32], LATENTS + 1, 0.0), "expected [n x 4, 64]"),
+        (PutImageTokensRequest { image_tokens: None, ..put([1; 32], LATENTS, 0.0) }, "is absent"),
+        (PutImageTokensRequest { key: vec![1; 31].into(), ..put([1; 32], LATENTS, 0.0) }, "31 bytes"),
+    ] {
+        let status = client.put_image_tokens(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains(expected), "{}", status.message());
+    }
+}
+
+#[tokio::test]
+async fn bad_prompts_are_refused_with_every_violation() {
+    let (_folder, mut client) = client(config(), &Shutdown::default());
+    let key = [7; 32];
+    client.put_image_tokens(put(key, LATENTS, 0.5)).await.unwrap();
+    let mut request = generate("a", key);
+    request.token_ids.push(VOCAB as u32);
+    request.token_ids.push(IMAGE);
+    request.image_spans[0].start = 2;
+    request.sampling = Some(SamplingParams { temperature: f32::NAN, top_p: 0.0, logprobs: Some(21), ..SamplingParams::default() });
+    let status = client.generate(request).await.unwrap_err();
+    let violations = status::field_violations(&status);
+    let mut fields: Vec<&str> = violations.keys().map(String::as_str).collect();
+    fields.sort_unstable();
+    let expected = ["image_spans[0].start", "sampling.logprobs", "sampling.temperature", "sampling.top_p", "token_ids", "token_ids[6]"];
+    assert_eq!(fields, expected);
+
+    let mut request = generate("a", key);
+    request.image_spans[0].sub_image = 1;
+    let status = client.generate(request).await.unwrap_err();
+    assert!(status.message().contains("the image has 1 sub-images"), "{}", status.message());
+    let status = client.generate(GenerateRequest { max_new_tokens: 507, ..generate("a", key) }).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+}
+
+#[tokio::test]
+async fn admission_is_bounded_and_released() {
+    let (_folder, mut client) = client(Config { max_requests: 1, ..config() }, &Shutdown::default());
+    client.reserve(reserve("a", &[])).await.unwrap();
+    let status = client.reserve(reserve("b", &[])).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    client.release(ReleaseRequest { request_id: "a".into() }).await.unwrap();
+    client.reserve(reserve("b", &[])).await.unwrap();
+}
+
+#[tokio::test]
+async fn shutdown_refuses_new_work_and_ends_streams() {
+    let shutdown = Shutdown::default();
+    let (_folder, mut client) = client(config(), &shutdown);
+    let key = [7; 32];
+    client.put_image_tokens(put(key, LATENTS, 0.5)).await.unwrap();
+    let mut stream = client.generate(GenerateRequest { max_new_tokens: 500, ..generate("a", key) }).await.unwrap().into_inner();
+    assert!(stream.message().await.unwrap().is_some());
+    shutdown.stop_accepting.cancel();
+    assert_eq!(client.reserve(reserve("b", &[])).await.unwrap_err().code(), Code::Unavailable);
+    shutdown.cancel.cancel();
+    let ended = loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => break None,
+            Err(status) => break Some(status.code()),
+        }
+    };
+    // The engine may finish before the cancellation is seen.
+    assert!(matches!(ended, None | Some(Code::Unavailable)));
+}
