@@ -1,0 +1,196 @@
+//! The command line. Its names are a contract that scripts rely on.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use idefics_common::telemetry::LogFormat;
+use std::{net::SocketAddr, path::PathBuf};
+
+/// Serves the vision-language model Idefics2.
+#[derive(Debug, Parser)]
+#[command(name = "idefics", version, about, max_term_width = 120)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Ask a question about pictures and print the answer
+    Ask(AskArgs),
+    /// Compute the image tokens of pictures and write them to a file
+    Encode(EncodeArgs),
+    /// Say what a checkpoint is and what memory it needs
+    Inspect(InspectArgs),
+    /// Serve all roles in one process
+    Serve(ServeArgs),
+    /// Serve the public API; needs a vision and a decoder role
+    Gateway(ServeArgs),
+    /// Serve image encoding
+    Vision(ServeArgs),
+    /// Serve text generation
+    Decoder(ServeArgs),
+}
+
+/// Where the model is.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Checkpoint folder in the Hugging Face layout of HuggingFaceM4/idefics2-8b [default: the embedded demo checkpoint]
+    #[arg(long, value_name = "DIR", env = "IDEFICS_MODEL")]
+    pub(crate) model: Option<PathBuf>,
+    /// Talk to a running gateway instead of loading a model, as in http://127.0.0.1:50051
+    #[arg(long, value_name = "URL", conflicts_with = "model")]
+    pub(crate) endpoint: Option<String>,
+    /// Configuration file (TOML) for the roles that are started
+    #[arg(long, value_name = "FILE", conflicts_with = "endpoint")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+/// How pictures are cut and resized.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ImageArgs {
+    /// Show each picture as four crops and a whole [default: the checkpoint's choice]
+    #[arg(long, overrides_with = "no_split")]
+    pub(crate) split: bool,
+    /// Show each picture as a whole only
+    #[arg(long, overrides_with = "split")]
+    pub(crate) no_split: bool,
+    /// Scale the longer edge down to at most N pixels [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    pub(crate) longest_edge: Option<u32>,
+    /// Scale each edge up to at least N pixels [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    pub(crate) shortest_edge: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AskArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// A picture: JPEG, PNG, WebP, GIF, BMP or TIFF; may be repeated
+    #[arg(long = "image", value_name = "FILE")]
+    pub(crate) images: Vec<PathBuf>,
+    /// A conversation: a JSON list of {role, content: [{type: "text", text}, {type: "image", path}]}
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["raw", "images", "prompt"])]
+    pub(crate) messages: Option<PathBuf>,
+    /// Send PROMPT as it is, without the chat template; <image> marks where a picture goes
+    #[arg(long, requires = "prompt")]
+    pub(crate) raw: bool,
+    #[command(flatten)]
+    pub(crate) image_options: ImageArgs,
+    /// Generate at most N tokens
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<u32>,
+    /// 0 picks the most likely token [default: 0]
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Sample from the smallest set of tokens that reaches this probability [default: 1]
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Sample from the K most likely tokens; 0 means all [default: 0]
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Make sampling repeatable
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+    /// End before this text; may be repeated
+    #[arg(long, value_name = "STR")]
+    pub(crate) stop: Vec<String>,
+    /// Report log-probabilities of each token and of the N most likely ones
+    #[arg(long, value_name = "N", requires = "json")]
+    pub(crate) logprobs: Option<u32>,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The question, or with --raw the prompt
+    #[arg(value_name = "PROMPT", required_unless_present = "messages")]
+    pub(crate) prompt: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EncodeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// A picture; may be repeated
+    #[arg(long = "image", value_name = "FILE", required = true)]
+    pub(crate) images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) image_options: ImageArgs,
+    /// Where the tensor `image_tokens`, [sub-images x tokens per image, hidden] f32, is written
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Checkpoint folder [default: the embedded demo checkpoint]
+    #[arg(value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Checkpoint folder in the Hugging Face layout of HuggingFaceM4/idefics2-8b [default: the embedded demo checkpoint]
+    #[arg(long, value_name = "DIR", env = "IDEFICS_MODEL")]
+    pub(crate) model: Option<PathBuf>,
+    /// Address to listen on; port 0 takes a free one [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) grpc_addr: Option<SocketAddr>,
+    /// Configuration file (TOML)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// How log lines look [default: text]
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub(crate) log_format: Option<LogFormatArg>,
+    /// What is logged, as in info or info,h2=warn [default: info]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) log_filter: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum LogFormatArg {
+    Text,
+    Json,
+}
+
+impl From<LogFormatArg> for LogFormat {
+    fn from(arg: LogFormatArg) -> Self {
+        match arg {
+            LogFormatArg::Text => Self::Text,
+            LogFormatArg::Json => Self::Json,
+        }
+    }
+}
+
+impl ImageArgs {
+    /// Whether pictures are split, if the caller said so.
+    pub(crate) fn split(&self) -> Option<bool> {
+        if self.split {
+            Some(true)
+        } else if self.no_split {
+            Some(false)
+        } else {
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn later_of_split_and_no_split_wins() {
+        let parse = |args: &[&str]| match Cli::parse_from([&["idefics", "ask", "x"], args].concat()).command {
+            Command::Ask(args) => args.image_options.split(),
+            _ => unreachable!("the command is ask"),
+        };
+        assert_eq!(parse(&[]), None);
+        assert_eq!(parse(&["--split", "--no-split"]), Some(false));
+        assert_eq!(parse(&["--no-split", "--split"]), Some(true));
+    }
+}

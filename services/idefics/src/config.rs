@@ -1,0 +1,55 @@
+//! The configuration of the binary: a section per part.
+
+use idefics_common::{config::Validate, serve::ServerConfig, telemetry::LogFormat};
+use idefics_gateway::GatewayConfig;
+use serde::{Deserialize, Serialize};
+
+/// Every section; a role reads its own.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    /// How a role serves.
+    pub(crate) server: ServerConfig,
+    /// What is logged.
+    pub(crate) log: LogConfig,
+    /// The CPU backend.
+    pub(crate) cpu: CpuConfig,
+    /// The gateway role.
+    pub(crate) gateway: GatewayConfig,
+    /// The vision role.
+    pub(crate) vision: idefics_vision::Config,
+    /// The decoder role.
+    pub(crate) decoder: idefics_decoder::Config,
+}
+
+/// Section `log`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct LogConfig {
+    /// `text` or `json`.
+    pub(crate) format: LogFormat,
+    /// Directives as in `info,h2=warn`.
+    pub(crate) filter: String,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, filter: "info".into() }
+    }
+}
+
+/// Section `cpu`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct CpuConfig {
+    /// Threads that compute; 0 means one per processor.
+    pub(crate) threads: usize,
+}
+
+impl Validate for Config {
+    fn problems(&self, problems: &mut Vec<String>) {
+        self.gateway.problems(problems);
+        self.vision.problems(problems);
+        self.decoder.problems(problems);
+    }
+}

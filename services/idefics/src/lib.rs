@@ -1,0 +1,46 @@
+//! The `idefics` binary as a library: a subcommand per role, all roles in one process, and a client for the command line.
+#![forbid(unsafe_code)]
+
+mod ask;
+mod cli;
+mod config;
+mod demo;
+mod encode;
+mod endpoint;
+mod inspect;
+mod progress;
+mod roles;
+mod serve;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use std::process::ExitCode;
+
+// Image tokens are megabytes that come and go; glibc's allocator returns them to the system each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Parses the command line and runs it.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    match cli.command {
+        Command::Ask(args) => runtime()?.block_on(ask::run(args)),
+        Command::Encode(args) => runtime()?.block_on(encode::run(args)),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Serve(args) => runtime()?.block_on(serve::run(args, serve::Role::All)),
+        Command::Gateway(args) => runtime()?.block_on(serve::run(args, serve::Role::Gateway)),
+        Command::Vision(args) => runtime()?.block_on(serve::run(args, serve::Role::Vision)),
+        Command::Decoder(args) => runtime()?.block_on(serve::run(args, serve::Role::Decoder)),
+    }
+}
