@@ -1,0 +1,45 @@
+//! The gateway role: the public face of idefics-serve.
+//!
+//! A request is checked (`validate`), laid out (`template`), tokenized (`prompt`, `tokenizer`), its pictures are named
+//! (`media`); then it goes to the peers (`coordinator`, `replicas`), and their tokens come back as text (`detokenize`).
+#![forbid(unsafe_code)]
+
+mod call;
+mod config;
+mod coordinator;
+mod detokenize;
+mod failure;
+mod media;
+mod prompt;
+mod replicas;
+mod service;
+mod template;
+#[cfg(test)]
+mod testing;
+mod tokenizer;
+mod validate;
+
+pub use config::GatewayConfig;
+pub use replicas::{Peer, Peers};
+pub use service::{Gateway, SERVICE_NAME};
+
+/// Why a gateway cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The tokenizer cannot serve this model.
+    #[error("checkpoint {checkpoint}: tokenizer.json: {what}")]
+    Tokenizer {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// What was expected and what was found.
+        what: String,
+    },
+    /// The chat template cannot be compiled.
+    #[error("checkpoint {checkpoint}: chat template: {what}")]
+    Template {
+        /// Name of the checkpoint.
+        checkpoint: String,
+        /// What is wrong with it.
+        what: String,
+    },
+}

@@ -1,0 +1,390 @@
+//! The gRPC face of the gateway.
+
+use crate::{
+    GatewayConfig, GatewayError, Peers,
+    call::Call,
+    coordinator::{Coordinator, Events, Job, longest},
+    failure::RETRY_AFTER,
+    media::Media,
+    prompt::{self, ImageLayout, Prompt},
+    replicas::Replicas,
+    template::{ChatTemplate, TemplateError},
+    tokenizer::{MarkedText, TextTokenizer, TokenizeError},
+    validate::{ImageOptions, Limits, Part, Picture, Sampling, TokenizeInput, Turn, ValidEncodeImages, ValidTokenize},
+};
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, stream::BoxStream};
+use idefics_common::{
+    checkpoint::Checkpoint,
+    serve::Shutdown,
+    status::{self, Violation},
+};
+use idefics_proto::{
+    gateway::v1::{
+        self as pb,
+        gateway_service_server::{GatewayService, GatewayServiceServer},
+    },
+    tensor::v1 as tensor,
+    vision::v1::EncodeResponse,
+};
+use std::sync::Arc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::DropGuard;
+use tonic::{Request, Response, Status};
+use tracing::Instrument;
+
+/// Full name of the service, for health.
+pub const SERVICE_NAME: &str = "idefics.gateway.v1.GatewayService";
+
+/// Events that wait for a slow client before its stream does.
+const EVENT_BUFFER: usize = 32;
+
+/// The gateway role. Clones share everything.
+#[derive(Clone)]
+pub struct Gateway(Arc<Inner>);
+
+struct Inner {
+    checkpoint: Checkpoint,
+    limits: Limits,
+    max_images: u32,
+    max_request_bytes: usize,
+    tokenizer: Arc<TextTokenizer>,
+    template: ChatTemplate,
+    replicas: Arc<Replicas>,
+    coordinator: Coordinator,
+    /// One per request that may still start.
+    permits: Arc<Semaphore>,
+    max_concurrent_requests: usize,
+    shutdown: Shutdown,
+    /// Ends the tasks that ask peers who they are.
+    _probes: DropGuard,
+}
+
+impl Gateway {
+    /// A gateway in front of `peers`, which it begins to ask who they are. Call it within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`GatewayError`] if the checkpoint's tokenizer or template cannot be used.
+    pub fn new(config: GatewayConfig, checkpoint: Checkpoint, peers: Peers, shutdown: Shutdown) -> Result<Self, GatewayError> {
+        let tokenizer = Arc::new(TextTokenizer::new(&checkpoint)?);
+        let template = ChatTemplate::new(&checkpoint)?;
+        let replicas = Arc::new(Replicas::new(peers, &checkpoint));
+        let probes = replicas.probe(&config);
+        Ok(Self(Arc::new(Inner {
+            limits: Limits::new(&config, &checkpoint),
+            max_images: config.max_images as u32,
+            max_request_bytes: config.max_request_bytes,
+            coordinator: Coordinator::new(&config, Arc::clone(&replicas), Arc::clone(&tokenizer)),
+            permits: Arc::new(Semaphore::new(config.max_concurrent_requests)),
+            max_concurrent_requests: config.max_concurrent_requests,
+            checkpoint,
+            tokenizer,
+            template,
+            replicas,
+            shutdown,
+            _probes: probes,
+        })))
+    }
+
+    /// The generated server around this gateway.
+    pub fn into_server(self) -> GatewayServiceServer<Self> {
+        let limit = self.0.max_request_bytes;
+        GatewayServiceServer::new(self).max_decoding_message_size(limit)
+    }
+
+    /// Returns when a decoder and a vision replica of the same checkpoint are there.
+    pub async fn wait_ready(&self) {
+        // The sender lives as long as `self`.
+        drop(self.watch_ready().wait_for(|ready| *ready).await);
+    }
+
+    /// Whether a decoder and a vision replica of the same checkpoint are there, now and whenever it changes.
+    pub fn watch_ready(&self) -> watch::Receiver<bool> {
+        self.0.replicas.watch_ready()
+    }
+
+    fn refuse_when_draining(&self) -> Result<(), Status> {
+        if self.0.shutdown.stop_accepting.is_cancelled() {
+            return Err(status::unavailable("the gateway is shutting down; ask another", RETRY_AFTER));
+        }
+        Ok(())
+    }
+
+    fn permit(&self) -> Result<OwnedSemaphorePermit, Status> {
+        Arc::clone(&self.0.permits).try_acquire_owned().map_err(|_| {
+            let limit = self.0.max_concurrent_requests;
+            status::resource_exhausted(format!("{limit} requests are running, which is the limit; retry later"), RETRY_AFTER)
+        })
+    }
+
+    fn fingerprint(&self) -> Result<String, Status> {
+        self.0.replicas.fingerprint().map_err(|why| status::unavailable(why, RETRY_AFTER))
+    }
+
+    /// Runs `work`, which takes the processor for up to seconds, where it stops no other request. The permit stays with it
+    /// even if the caller goes away.
+    async fn compute<T: Send + 'static>(
+        &self,
+        permit: OwnedSemaphorePermit,
+        work: impl FnOnce(&Inner) -> Result<T, Status> + Send + 'static,
+    ) -> Result<(T, OwnedSemaphorePermit), Status> {
+        let inner = Arc::clone(&self.0);
+        let span = tracing::Span::current();
+        let done = tokio::task::spawn_blocking(move || span.in_scope(|| work(&inner)).map(|value| (value, permit)));
+        done.await.unwrap_or_else(|e| {
+            tracing::error!(cause = %e, "preparing a request failed");
+            Err(Status::internal("preparing the request failed; the logs have the cause under the request id"))
+        })
+    }
+
+    /// Prepares a generation and lets it run.
+    async fn start(
+        &self,
+        call: Call,
+        request: Generation,
+        build_prompt: impl FnOnce(&Inner) -> Result<(Prompt, Vec<Picture>), Status> + Send + 'static,
+    ) -> Result<ReceiverStream<Result<pb::GenerationEvent, Status>>, Status> {
+        let permit = self.permit()?;
+        let model_fingerprint = self.fingerprint()?;
+        let Generation { image_options, sampling, return_prompt_token_ids } = request;
+        let deadline = call.clone();
+        let prepare = self.compute(permit, move |inner| {
+            let (prompt, pictures) = build_prompt(inner)?;
+            let media = Media::new(&model_fingerprint, image_options, &pictures);
+            Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids })
+        });
+        let (job, permit) = deadline.within_deadline(prepare).await?;
+        let (events, stream) = mpsc::channel(EVENT_BUFFER);
+        let gateway = self.clone();
+        tokio::spawn(async move { gateway.run(job, events, permit).await }.in_current_span());
+        Ok(ReceiverStream::new(stream))
+    }
+
+    /// Runs a generation until it ends, its caller goes away, or the gateway shuts down.
+    async fn run(&self, job: Job, events: Events, permit: OwnedSemaphorePermit) {
+        let outcome = tokio::select! {
+            biased;
+            () = events.closed() => {
+                tracing::debug!(request_id = job.call.request_id, "the caller went away");
+                return;
+            }
+            () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
+            outcome = job.call.within_deadline(self.0.coordinator.generate(&job, &events)) => outcome,
+        };
+        drop(permit);
+        if let Err(status) = outcome {
+            tracing::debug!(request_id = job.call.request_id, code = ?status.code(), "failed");
+            // Fails only if the caller has gone meanwhile.
+            drop(events.send(Err(status)).await);
+        }
+    }
+}
+
+/// What a generation needs besides its prompt.
+struct Generation {
+    image_options: ImageOptions,
+    sampling: Sampling,
+    return_prompt_token_ids: bool,
+}
+
+#[tonic::async_trait]
+impl GatewayService for Gateway {
+    type ChatStream = BoxStream<'static, Result<pb::ChatResponse, Status>>;
+    type GenerateStream = BoxStream<'static, Result<pb::GenerateResponse, Status>>;
+
+    async fn chat(&self, request: Request<pb::ChatRequest>) -> Result<Response<Self::ChatStream>, Status> {
+        self.refuse_when_draining()?;
+        let call = Call::new(request.metadata());
+        let span = tracing::info_span!("chat", request_id = call.request_id);
+        let chat = self.0.limits.chat(request.into_inner()).map_err(status::invalid_argument)?;
+        let options = chat.image_options;
+        let generation =
+            Generation { image_options: options, sampling: chat.sampling, return_prompt_token_ids: chat.return_prompt_token_ids };
+        let start = self.start(call, generation, move |inner| {
+            let prompt = inner.conversation(&chat.turns, options, "messages")?;
+            Ok((prompt, pictures(chat.turns)))
+        });
+        let events = start.instrument(span).await?;
+        Ok(Response::new(events.map(|event| event.map(|event| pb::ChatResponse { event: Some(event) })).boxed()))
+    }
+
+    async fn generate(&self, request: Request<pb::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        self.refuse_when_draining()?;
+        let call = Call::new(request.metadata());
+        let span = tracing::info_span!("complete", request_id = call.request_id);
+        let raw = self.0.limits.generate(request.into_inner()).map_err(status::invalid_argument)?;
+        let options = raw.image_options;
+        let generation =
+            Generation { image_options: options, sampling: raw.sampling, return_prompt_token_ids: raw.return_prompt_token_ids };
+        let start = self.start(call, generation, move |inner| {
+            let prompt = inner.raw_prompt(raw.prompt, options, Some(raw.pictures.len()))?;
+            Ok((prompt, raw.pictures))
+        });
+        let events = start.instrument(span).await?;
+        Ok(Response::new(events.map(|event| event.map(|event| pb::GenerateResponse { event: Some(event) })).boxed()))
+    }
+
+    async fn tokenize(&self, request: Request<pb::TokenizeRequest>) -> Result<Response<pb::TokenizeResponse>, Status> {
+        self.refuse_when_draining()?;
+        let call = Call::new(request.metadata());
+        let ValidTokenize { input, image_options } = self.0.limits.tokenize(request.into_inner()).map_err(status::invalid_argument)?;
+        let permit = self.permit()?;
+        let tokenize = self.compute(permit, move |inner| {
+            let Prompt { token_ids, image_tokens, .. } = match input {
+                TokenizeInput::Text(text) => inner.plain_text(text)?,
+                TokenizeInput::Prompt(prompt) => inner.raw_prompt(prompt, image_options, None)?,
+                TokenizeInput::Conversation(turns) => inner.conversation(&turns, image_options, "conversation.messages")?,
+            };
+            let tokens = token_ids.iter().map(|id| inner.tokenizer.token(*id).unwrap_or_default()).collect();
+            Ok(pb::TokenizeResponse { token_ids, tokens, image_tokens })
+        });
+        let (response, _) = call.within_deadline(tokenize).await?;
+        Ok(Response::new(response))
+    }
+
+    async fn encode_images(&self, request: Request<pb::EncodeImagesRequest>) -> Result<Response<pb::EncodeImagesResponse>, Status> {
+        self.refuse_when_draining()?;
+        let call = Call::new(request.metadata());
+        let ValidEncodeImages { pictures, image_options } =
+            self.0.limits.encode_images(request.into_inner()).map_err(status::invalid_argument)?;
+        let permit = self.permit()?;
+        let fingerprint = self.fingerprint()?;
+        let work = async {
+            let named = fingerprint.clone();
+            let (media, _permit) = self.compute(permit, move |_| Ok(Media::new(&named, image_options, &pictures))).await?;
+            let encoded = self.0.coordinator.encode(&call, &media, image_options, &fingerprint).await?;
+            self.0.images(&media, image_options, encoded)
+        };
+        tokio::select! {
+            response = call.within_deadline(work) => response.map(Response::new),
+            () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
+        }
+    }
+
+    async fn get_model(&self, _: Request<pb::GetModelRequest>) -> Result<Response<pb::GetModelResponse>, Status> {
+        let inner = &self.0;
+        let (config, options) = (&inner.checkpoint.config, inner.limits.default_image_options);
+        let fingerprint = self.fingerprint()?;
+        let max_model_tokens = inner.replicas.max_model_tokens().map_err(|why| status::unavailable(why, RETRY_AFTER))?;
+        Ok(Response::new(pb::GetModelResponse {
+            name: inner.checkpoint.name(),
+            fingerprint,
+            max_model_tokens,
+            vocab_size: config.text_config.vocab_size as u32,
+            hidden_size: config.text_config.hidden_size as u32,
+            tokens_per_image: inner.checkpoint.tokens_per_image() as u32,
+            default_image_options: Some(pb::ImageOptions {
+                split: Some(options.split),
+                longest_edge: Some(options.longest_edge),
+                shortest_edge: Some(options.shortest_edge),
+            }),
+            stop_token_ids: inner.checkpoint.stop_token_ids(),
+            max_images: inner.max_images,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+}
+
+impl Inner {
+    fn layout(&self, options: ImageOptions) -> ImageLayout {
+        ImageLayout { tokens_per_image: self.checkpoint.tokens_per_image(), sub_images: options.sub_images() }
+    }
+
+    /// The prompt of a conversation; `field` is the path of its messages.
+    fn conversation(&self, turns: &[Turn], options: ImageOptions, field: &str) -> Result<Prompt, Status> {
+        let text = self.template.render(turns, &self.tokenizer).map_err(|e| match e {
+            TemplateError::Missing => Status::failed_precondition("the checkpoint has no chat template; call Generate with a raw prompt"),
+            TemplateError::Invalid(what) => status::invalid_argument(vec![Violation::new(field, what)]),
+            TemplateError::Broken(cause) => {
+                tracing::error!(cause, "the checkpoint's chat template failed");
+                Status::internal("the checkpoint's chat template failed; the logs have the cause under the request id")
+            }
+        })?;
+        let layout = self.layout(options);
+        let prompt = prompt::build(&self.tokenizer, &text, layout).map_err(|e| tokenize_status(&e, field))?;
+        let parts = turns.iter().flat_map(|turn| &turn.parts).filter(|part| matches!(part, Part::Image(_))).count();
+        let (marks, parts) = (prompt.image_spans.len(), parts * layout.sub_images as usize);
+        if marks != parts {
+            tracing::error!(marks, parts, "the checkpoint's chat template does not print each picture once");
+            return Err(Status::internal("the checkpoint's chat template does not print each picture once"));
+        }
+        Ok(prompt)
+    }
+
+    /// The prompt that a caller wrote, which has `pictures` of them if that matters.
+    fn raw_prompt(&self, prompt: String, options: ImageOptions, pictures: Option<usize>) -> Result<Prompt, Status> {
+        let text = MarkedText::authored(prompt);
+        let violations = prompt::check_marks(&self.tokenizer, &text, pictures);
+        if !violations.is_empty() {
+            return Err(status::invalid_argument(violations));
+        }
+        prompt::build(&self.tokenizer, &text, self.layout(options)).map_err(|e| tokenize_status(&e, "prompt"))
+    }
+
+    /// Ids of ordinary text, without BOS.
+    fn plain_text(&self, text: String) -> Result<Prompt, Status> {
+        let prompt = prompt::build(&self.tokenizer, &MarkedText::typed(text), self.layout(self.limits.default_image_options));
+        let mut prompt = prompt.map_err(|e| tokenize_status(&e, "text"))?;
+        prompt.token_ids.remove(0);
+        Ok(prompt)
+    }
+
+    /// Joins the tokens of all pictures.
+    fn images(&self, media: &Media, options: ImageOptions, encoded: Vec<EncodeResponse>) -> Result<pb::EncodeImagesResponse, Status> {
+        let (rows, columns) = (
+            u64::from(options.sub_images()) * self.checkpoint.tokens_per_image() as u64,
+            self.checkpoint.config.text_config.hidden_size as u64,
+        );
+        let mut timings = pb::Timings::default();
+        let mut tensors: Vec<tensor::Tensor> = Vec::with_capacity(encoded.len());
+        for response in encoded {
+            if let Some(times) = &response.timings {
+                longest(&mut timings, times);
+            }
+            match response.image_tokens {
+                Some(tensor) if tensor.shape == [rows, columns] && tensors.first().is_none_or(|first| first.dtype == tensor.dtype) => {
+                    tensors.push(tensor)
+                }
+                other => {
+                    tracing::error!(shape = ?other.map(|t| t.shape), rows, columns, "vision sent other image tokens than expected");
+                    return Err(Status::internal("vision sent other image tokens than expected"));
+                }
+            }
+        }
+        let data = match (tensors.as_slice(), media.order.as_slice()) {
+            ([only], [_]) => only.data.clone(),
+            _ => {
+                let mut data = BytesMut::with_capacity(media.order.iter().map(|index| tensors[*index].data.len()).sum());
+                media.order.iter().for_each(|index| data.extend_from_slice(&tensors[*index].data));
+                data.freeze()
+            }
+        };
+        let image_tokens = tensor::Tensor {
+            dtype: tensors.first().map_or(0, |first| first.dtype),
+            shape: vec![rows * media.order.len() as u64, columns],
+            data: Bytes::clone(&data),
+        };
+        let sub_images = vec![options.sub_images(); media.order.len()];
+        Ok(pb::EncodeImagesResponse { image_tokens: Some(image_tokens), sub_images, timings: Some(timings) })
+    }
+}
+
+fn pictures(turns: Vec<Turn>) -> Vec<Picture> {
+    let picture = |part| if let Part::Image(picture) = part { Some(picture) } else { None };
+    turns.into_iter().flat_map(|turn| turn.parts).filter_map(picture).collect()
+}
+
+fn tokenize_status(error: &TokenizeError, field: &str) -> Status {
+    match error {
+        TokenizeError::Unspeakable(_) => status::invalid_argument(vec![Violation::new(field, error.to_string())]),
+        TokenizeError::Failed(cause) => {
+            tracing::error!(%cause, "the tokenizer failed");
+            Status::internal("the tokenizer failed; the logs have the cause under the request id")
+        }
+    }
+}
+
+fn cancelled() -> Status {
+    status::unavailable("the gateway is shutting down; ask another", RETRY_AFTER)
+}
