@@ -5,7 +5,7 @@ use crate::{
     config::Config,
     roles::{self, Model},
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use idefics_common::{
     channel::{ChannelConfig, GrpcChannel, MAX_MESSAGE_BYTES, in_process, remote},
@@ -18,7 +18,7 @@ use std::{
     path::Path,
     time::{Duration, Instant},
 };
-use tonic::Status;
+use tonic::{Code, Status};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// How long `--endpoint` waits for a gateway that starts or loads.
@@ -39,7 +39,7 @@ impl Endpoint {
         let (channel, load_ms) = match &args.endpoint {
             Some(uri) => {
                 let channel = remote(uri, &ChannelConfig::default()).map_err(anyhow::Error::msg).context("--endpoint")?;
-                wait_until_serving(channel.clone()).await;
+                wait_until_serving(uri, channel.clone()).await?;
                 (channel, None)
             }
             None => {
@@ -54,21 +54,26 @@ impl Endpoint {
     }
 }
 
-/// Waits for a gateway that is just starting. One that does not serve in time gets the call all the same, and says why it
-/// cannot answer it.
-async fn wait_until_serving(channel: GrpcChannel) {
+/// Waits for a gateway that is just starting. One that answers but does not serve in time gets the call all the same, and says
+/// why it cannot answer it.
+async fn wait_until_serving(uri: &str, channel: GrpcChannel) -> Result<()> {
     let mut client = HealthClient::new(channel);
-    let serving = async {
-        loop {
-            let answer = client.check(HealthCheckRequest::default()).await;
-            if answer.is_ok_and(|response| response.get_ref().status() == ServingStatus::Serving) {
-                return;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = client.check(HealthCheckRequest::default()).await;
+        match answer {
+            Ok(response) if response.get_ref().status() == ServingStatus::Serving => return Ok(()),
+            Err(status) if status.code() == Code::Unavailable && Instant::now() > deadline => {
+                let waited_s = PATIENCE.as_secs();
+                bail!(
+                    "no gateway answers at {uri} within {waited_s} s ({}); start one with `idefics serve` or correct --endpoint",
+                    status.message()
+                )
             }
-            tokio::time::sleep(POLL_INTERVAL).await;
+            _ if Instant::now() > deadline => return Ok(()),
+            _ => tokio::time::sleep(POLL_INTERVAL).await,
         }
-    };
-    // A timeout is no error here.
-    let _ = tokio::time::timeout(PATIENCE, serving).await;
+    }
 }
 
 async fn start(args: &ModelArgs) -> Result<GrpcChannel> {
