@@ -36,7 +36,7 @@ impl Default for Config {
             max_queued_images: 256,
             preprocess_threads: 0,
             max_image_bytes: 20 << 20,
-            max_image_pixels: 100_000_000,
+            max_image_pixels: 64_000_000,
         }
     }
 }

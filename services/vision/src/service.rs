@@ -61,7 +61,12 @@ impl Vision {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
-        let limits = ImageLimits { max_image_bytes: config.max_image_bytes, max_pixels: config.max_image_pixels, ..ImageLimits::default() };
+        let limits = ImageLimits {
+            max_image_bytes: config.max_image_bytes,
+            max_pixels: config.max_image_pixels,
+            max_resized_edge: checkpoint.config.vision_config.image_size as u32,
+            ..ImageLimits::default()
+        };
         Self {
             engine,
             shipper: Shipper::new(config.allowed_decoders.clone(), config.channel.clone(), decoder),
