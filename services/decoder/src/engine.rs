@@ -45,6 +45,8 @@ pub struct EngineStats {
     pub num_free_blocks: AtomicUsize,
     /// Blocks of the KV cache.
     pub num_blocks: AtomicUsize,
+    /// How often a sequence had to give its blocks back and start over.
+    pub num_preemptions: AtomicUsize,
 }
 
 /// A handle on the engine's thread. The thread ends when the last handle is dropped.
@@ -166,6 +168,7 @@ impl<B: Backend> Worker<B> {
                 }
             }
             self.stats.num_free_blocks.store(self.scheduler.blocks().num_free(), Ordering::Relaxed);
+            self.stats.num_preemptions.store(self.scheduler.num_preemptions(), Ordering::Relaxed);
             self.stats.num_sequences.store(self.scheduler.len() + submissions.len(), Ordering::Relaxed);
         }
     }
@@ -176,7 +179,6 @@ impl<B: Backend> Worker<B> {
         step.iter().for_each(|part| running[part.sequence].mark_started());
         let outputs = self.runner.run(step, running)?;
         let num_outputs = outputs.len();
-        step.iter().for_each(|part| running[part.sequence].num_computed += part.num_tokens);
         let mut finished = Vec::new();
         for (i, logits) in outputs {
             let sequence = &mut running[i];
@@ -189,6 +191,8 @@ impl<B: Backend> Worker<B> {
                 finished.push(i);
             }
         }
+        // Before anything leaves: what the step computed can be shared, finished or not.
+        self.scheduler.commit(step);
         self.scheduler.remove(&finished);
         let tokens: usize = step.iter().map(|part| part.num_tokens).sum();
         tracing::trace!(tokens, outputs = num_outputs, elapsed_ms = started_at.elapsed().as_secs_f64() * 1e3, "step");

@@ -149,11 +149,11 @@ impl<B: Backend> ModelRunner<B> {
         let (mut output_rows, mut outputs) = (Vec::new(), Vec::new());
         for part in step {
             let sequence = &sequences[part.sequence];
-            let table = sequence.block_table.as_ref().ok_or_else(|| Error::shape("model_runner", "a scheduled sequence has no blocks"))?;
+            let table = &sequence.block_table;
             let range = sequence.num_computed..sequence.num_computed + part.num_tokens;
             token_ids.extend(sequence.token_ids[range.clone()].iter().map(|id| *id as i32));
             positions.extend(range.clone().map(|p| p as i32));
-            slots.extend(range.clone().map(|p| table.slot(p)));
+            slots.extend(range.clone().map(|p| table.slot(p, self.kv[0].block_size)));
             cu_seqlens.push(token_ids.len() as i32);
             context_lens.push(range.end as i32);
             let row = tables.len();

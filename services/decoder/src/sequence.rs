@@ -1,6 +1,10 @@
 //! One request on its way through the engine.
 
-use crate::{block_manager::BlockTable, image_store::ImageTokens, sampler::Sampler};
+use crate::{
+    block_manager::{BlockHash, BlockTable},
+    image_store::{ImageKey, ImageTokens},
+    sampler::Sampler,
+};
 use std::{ops::Range, sync::Arc, time::Instant};
 use tokio::sync::mpsc;
 use tracing::Span;
@@ -25,6 +29,8 @@ pub struct SamplingParams {
 pub struct ImageSpan {
     /// Positions in the prompt.
     pub positions: Range<usize>,
+    /// Names the image.
+    pub key: ImageKey,
     /// The image.
     pub image: Arc<ImageTokens>,
     /// Row of the image for the first position.
@@ -44,6 +50,8 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
+    /// What precedes the prompt in the prefix cache: only requests with the same root share blocks.
+    pub cache_root: BlockHash,
 }
 
 /// A token and its natural log-probability.
@@ -82,6 +90,8 @@ pub enum Event {
         token_id: u32,
         /// If asked for.
         logprobs: Option<Logprobs>,
+        /// With the first token: prompt tokens whose keys and values were in the cache.
+        cached_tokens: Option<usize>,
     },
     /// The last event.
     Finished {
@@ -114,12 +124,17 @@ pub struct Sequence {
     pub max_new_tokens: usize,
     /// Chooses its tokens.
     pub sampler: Sampler,
-    /// Its blocks, while it runs.
-    pub block_table: Option<BlockTable>,
+    /// Its blocks; empty while it waits.
+    pub block_table: BlockTable,
+    /// Full blocks that others know of.
+    pub num_published: usize,
     /// Where its events go. At most `max_new_tokens + 1` are ever sent, which bounds what a slow reader can hold.
     pub events: mpsc::UnboundedSender<Event>,
     /// The caller's span.
     pub span: Span,
+    /// Hashes of its full blocks, as far as they were needed; the root first.
+    block_hashes: Vec<BlockHash>,
+    cached_tokens: Option<usize>,
     submitted_at: Instant,
     started_at: Option<Instant>,
     first_token_at: Option<Instant>,
@@ -136,9 +151,12 @@ impl Sequence {
             image_spans: request.image_spans,
             max_new_tokens: request.max_new_tokens,
             sampler,
-            block_table: None,
+            block_table: BlockTable::default(),
+            num_published: 0,
             events,
             span,
+            block_hashes: vec![request.cache_root],
+            cached_tokens: None,
             submitted_at: Instant::now(),
             started_at: None,
             first_token_at: None,
@@ -160,6 +178,29 @@ impl Sequence {
         self.events.is_closed()
     }
 
+    /// Hash of full block `index` and everything before it.
+    ///
+    /// # Panics
+    /// If the sequence has no tokens for all of that block.
+    pub fn block_hash(&mut self, index: usize, block_size: usize) -> BlockHash {
+        while self.block_hashes.len() < index + 2 {
+            let i = self.block_hashes.len() - 1;
+            let block = i * block_size..(i + 1) * block_size;
+            let images = self.image_spans.iter().flat_map(|span| {
+                let (start, end) = (span.positions.start.max(block.start), span.positions.end.min(block.end));
+                (start..end).map(|p| (p - block.start, span.key.0, span.first_row + p - span.positions.start))
+            });
+            let hash = self.block_hashes[i].then(&self.token_ids[block.clone()], images);
+            self.block_hashes.push(hash);
+        }
+        self.block_hashes[index + 1]
+    }
+
+    /// Notes how many tokens were in the cache when it first ran.
+    pub fn note_cached(&mut self, tokens: usize) {
+        self.cached_tokens.get_or_insert(tokens);
+    }
+
     /// Notes that its first forward pass begins.
     pub fn mark_started(&mut self) {
         self.started_at.get_or_insert_with(Instant::now);
@@ -167,9 +208,10 @@ impl Sequence {
 
     /// Appends a generated token and reports it; returns why generation ends, if it does.
     pub fn push(&mut self, token_id: u32, logprobs: Option<Logprobs>, stop_token_ids: &[u32]) -> Option<FinishReason> {
+        let cached_tokens = if self.first_token_at.is_none() { self.cached_tokens } else { None };
         self.first_token_at.get_or_insert_with(Instant::now);
         self.token_ids.push(token_id);
-        drop(self.events.send(Event::Token { token_id, logprobs }));
+        drop(self.events.send(Event::Token { token_id, logprobs, cached_tokens }));
         let reason = if stop_token_ids.contains(&token_id) {
             FinishReason::Stop
         } else if self.token_ids.len() == self.max_len() {

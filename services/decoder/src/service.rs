@@ -1,6 +1,7 @@
 //! The gRPC face of the decoder role.
 
 use crate::{
+    block_manager::BlockHash,
     config::Config,
     engine::Engine,
     image_store::{ImageKey, ImageStore, ImageTokens, StoreError},
@@ -34,6 +35,8 @@ use tonic::{Request, Response, Status};
 pub const SERVICE_NAME: &str = "idefics.decoder.v1.DecoderService";
 /// Most log-probabilities per position.
 const MAX_LOGPROBS: u32 = 20;
+/// Longest cache salt.
+const MAX_CACHE_SALT_BYTES: usize = 256;
 /// When to try again after a refusal: about the time of a short answer.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -132,6 +135,10 @@ impl Decoder {
         if found != expected {
             violations.push(Violation::new("token_ids", format!("has {found} image tokens, the image spans take {expected}")));
         }
+        if request.cache_salt.len() > MAX_CACHE_SALT_BYTES {
+            let what = format!("has {} bytes, expected at most {MAX_CACHE_SALT_BYTES}", request.cache_salt.len());
+            violations.push(Violation::new("cache_salt", what));
+        }
         if violations.is_empty() { Ok(keys) } else { Err(violations) }
     }
 
@@ -146,7 +153,7 @@ impl Decoder {
                 let what = format!("is {}, the image has {} sub-images", span.sub_image, image.rows() / self.tokens_per_image);
                 return Err(status::invalid_argument(vec![Violation::new(format!("image_spans[{i}].sub_image"), what)]));
             }
-            image_spans.push(ImageSpan { positions: start..start + self.tokens_per_image, image: image.clone(), first_row });
+            image_spans.push(ImageSpan { positions: start..start + self.tokens_per_image, key, image: image.clone(), first_row });
         }
         Ok(EngineRequest {
             request_id: request.request_id,
@@ -154,6 +161,7 @@ impl Decoder {
             image_spans,
             max_new_tokens: request.max_new_tokens as usize,
             sampling,
+            cache_root: BlockHash::root(&[self.fingerprint.as_bytes(), &request.cache_salt]),
         })
     }
 }
@@ -244,7 +252,10 @@ fn responses(events: UnboundedReceiver<Event>, shutdown: Shutdown) -> impl Strea
                 }
             };
             Some(match event {
-                Some(Event::Token { token_id, logprobs }) => (Ok(response(PbEvent::Token(to_wire(token_id, logprobs)))), Some(events)),
+                Some(Event::Token { token_id, logprobs, cached_tokens }) => {
+                    let token = to_wire(token_id, logprobs, cached_tokens);
+                    (Ok(response(PbEvent::Token(token))), Some(events))
+                }
                 Some(Event::Finished { reason, queue_ms, prefill_ms, decode_ms }) => {
                     let reason = match reason {
                         FinishReason::Stop => pb::FinishReason::Stop,
@@ -263,14 +274,11 @@ fn response(event: PbEvent) -> pb::GenerateResponse {
     pb::GenerateResponse { event: Some(event) }
 }
 
-fn to_wire(token_id: u32, logprobs: Option<Logprobs>) -> pb::GeneratedToken {
+fn to_wire(token_id: u32, logprobs: Option<Logprobs>, cached_tokens: Option<usize>) -> pb::GeneratedToken {
     let logprob = logprobs.as_ref().map(|l| l.logprob);
     let top = logprobs.map(|l| l.top).unwrap_or_default();
-    pb::GeneratedToken {
-        token_id,
-        logprob,
-        top: top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect(),
-    }
+    let top = top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect();
+    pb::GeneratedToken { token_id, logprob, top, cached_tokens: cached_tokens.map(|n| n as u32) }
 }
 
 fn ended() -> Status {

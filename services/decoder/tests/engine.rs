@@ -5,7 +5,8 @@ mod common;
 use common::{HIDDEN, IMAGE, LATENTS, VOCAB, checkpoint};
 use idefics_decoder::{
     Config, Engine, EngineOptions,
-    image_store::ImageTokens,
+    block_manager::BlockHash,
+    image_store::{ImageKey, ImageTokens},
     sequence::{Event, FinishReason, ImageSpan, Request, SamplingParams},
 };
 use idefics_kernels::{
@@ -35,11 +36,17 @@ fn engine(config: Config) -> (TempDir, Engine) {
 }
 
 fn small() -> Config {
-    Config { kv_cache_bytes: 1 << 20, max_num_seqs: 4, max_num_batched_tokens: 7, block_size_tokens: 4, ..Config::default() }
+    // 32 blocks of 4 tokens, 512 bytes each: so few that sequences have to give way.
+    Config { kv_cache_bytes: 1 << 16, max_num_seqs: 4, max_num_batched_tokens: 7, block_size_tokens: 4, ..Config::default() }
 }
 
 fn large() -> Config {
     Config { kv_cache_bytes: 8 << 20, ..Config::default() }
+}
+
+fn text(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
+    let cache_root = BlockHash::root(&[]);
+    Request { request_id: "test".into(), token_ids, image_spans: vec![], max_new_tokens, sampling: GREEDY, cache_root }
 }
 
 /// A prompt of random ids with an image in the middle of every other one.
@@ -50,15 +57,16 @@ fn request(rng: &mut ChaCha8Rng, with_image: bool, sampling: SamplingParams) -> 
     if with_image {
         let values: Vec<u8> = (0..2 * LATENTS * HIDDEN).flat_map(|_| (rng.random::<f32>() - 0.5).to_le_bytes()).collect();
         let image = Arc::new(ImageTokens::new(values.into(), DType::F32, 2 * LATENTS, HIDDEN).unwrap());
+        let key = ImageKey(rng.random());
         for sub_image in 0..2 {
             let start = token_ids.len() - rng.random_range(0..3);
             token_ids.truncate(start);
             token_ids.extend([IMAGE; LATENTS]);
-            image_spans.push(ImageSpan { positions: start..start + LATENTS, image: image.clone(), first_row: sub_image * LATENTS });
+            image_spans.push(ImageSpan { positions: start..start + LATENTS, key, image: image.clone(), first_row: sub_image * LATENTS });
             token_ids.extend([7, 8, 9]);
         }
     }
-    Request { request_id: "test".into(), token_ids, image_spans, max_new_tokens: rng.random_range(1..20), sampling }
+    Request { image_spans, max_new_tokens: rng.random_range(1..20), sampling, ..text(token_ids, 1) }
 }
 
 fn requests(sampling: SamplingParams) -> Vec<Request> {
@@ -93,7 +101,7 @@ async fn together(sampling: SamplingParams) -> Vec<(Vec<u32>, FinishReason)> {
     for events in receivers {
         answers.push(collect(events).await);
     }
-    assert_eq!(engine.stats().num_blocks.load(Ordering::Relaxed), (1 << 20) / (2 * 2 * 32 * 4 * 4));
+    assert!(engine.stats().num_preemptions.load(Ordering::Relaxed) > 0, "the pool must be small enough to matter");
     answers
 }
 
@@ -118,15 +126,9 @@ async fn image_rows_replace_embeddings() {
     let request = |value: f32| {
         let values = (0..LATENTS * HIDDEN).flat_map(|i| (value * ((i * 37 % 19) as f32 - 9.0)).to_le_bytes()).collect::<Vec<u8>>();
         let image = Arc::new(ImageTokens::new(values.into(), DType::F32, LATENTS, HIDDEN).unwrap());
-        let token_ids = [vec![5, 6], vec![IMAGE; LATENTS], vec![7]].concat();
+        let image_spans = vec![ImageSpan { positions: 2..2 + LATENTS, key: ImageKey([value.to_bits() as u8; 32]), image, first_row: 0 }];
         let sampling = SamplingParams { logprobs: Some(1), ..GREEDY };
-        Request {
-            request_id: String::new(),
-            token_ids,
-            image_spans: vec![ImageSpan { positions: 2..2 + LATENTS, image, first_row: 0 }],
-            max_new_tokens: 1,
-            sampling,
-        }
+        Request { image_spans, sampling, ..text([vec![5, 6], vec![IMAGE; LATENTS], vec![7]].concat(), 1) }
     };
     let mut first_logprobs = Vec::new();
     for value in [0.1, -0.1] {
@@ -139,20 +141,41 @@ async fn image_rows_replace_embeddings() {
 
 #[tokio::test]
 async fn dropped_stream_frees_blocks() {
-    let (_folder, engine) = engine(small());
-    let sampling = GREEDY;
-    let long = Request { request_id: String::new(), token_ids: vec![5; 20], image_spans: vec![], max_new_tokens: 400, sampling };
-    let mut events = engine.submit(long, Span::none());
+    let (_folder, engine) = engine(Config { max_num_batched_tokens: 7, max_num_seqs: 4, ..large() });
+    let mut events = engine.submit(text(vec![5; 20], 400), Span::none());
     assert!(matches!(events.recv().await, Some(Event::Token { .. })));
     drop(events);
     // The next request is scheduled in a step after the one that dropped the first.
-    let next = Request { request_id: String::new(), token_ids: vec![6; 4], image_spans: vec![], max_new_tokens: 2, sampling };
-    collect(engine.submit(next, Span::none())).await;
+    collect(engine.submit(text(vec![6; 4], 2), Span::none())).await;
     let all = engine.stats().num_blocks.load(Ordering::Relaxed);
     // Counts are published after the step that sent the last event.
     while engine.stats().num_free_blocks.load(Ordering::Relaxed) != all {
         tokio::task::yield_now().await;
     }
+}
+
+#[tokio::test]
+async fn second_turn_reuses_the_first_and_answers_the_same() {
+    let (_folder, engine) = engine(large());
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let first = request(&mut rng, true, GREEDY);
+    let second = |salt: &[u8], answer: &[u32]| {
+        let token_ids = [&first.token_ids[..], answer, &[11, 12, 13]].concat();
+        let (image_spans, cache_root) = (first.image_spans.clone(), BlockHash::root(&[salt]));
+        Request { image_spans, cache_root, ..text(token_ids, 8) }
+    };
+    let (image_spans, cache_root) = (first.image_spans.clone(), BlockHash::root(&[b"a"]));
+    let (answer, _) = collect(engine.submit(Request { image_spans, cache_root, ..text(first.token_ids.clone(), 8) }, Span::none())).await;
+    let mut answers = Vec::new();
+    for salt in [b"a", b"b"] {
+        let mut events = engine.submit(second(salt, &answer), Span::none());
+        let Some(Event::Token { token_id, cached_tokens: Some(cached), .. }) = events.recv().await else { panic!("a token comes first") };
+        let known = first.token_ids.len() + answer.len() - 1;
+        // All full blocks of 16 that the first turn computed, for the same salt only.
+        assert_eq!(cached, if salt == b"a" { known / 16 * 16 } else { 0 });
+        answers.push((token_id, collect(events).await));
+    }
+    assert_eq!(answers[0], answers[1]);
 }
 
 #[tokio::test]

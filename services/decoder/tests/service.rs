@@ -65,6 +65,7 @@ fn generate(request_id: &str, key: [u8; 32]) -> GenerateRequest {
         image_spans: vec![ImageSpan { key: key.to_vec().into(), sub_image: 0, start: 1 }],
         max_new_tokens: 5,
         sampling: Some(SamplingParams { top_p: 1.0, logprobs: Some(2), ..SamplingParams::default() }),
+        cache_salt: Default::default(),
     }
 }
 

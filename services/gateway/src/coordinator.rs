@@ -15,6 +15,7 @@ use crate::{
     tokenizer::TextTokenizer,
     validate::{ImageOptions, Sampling},
 };
+use bytes::Bytes;
 use futures::future::try_join_all;
 use idefics_common::{channel::GrpcChannel, status};
 use idefics_proto::{
@@ -40,6 +41,7 @@ pub(crate) struct Job {
     pub(crate) image_options: ImageOptions,
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
+    pub(crate) cache_salt: Bytes,
 }
 
 /// Longest waits for peers.
@@ -68,6 +70,7 @@ struct Progress {
     started: bool,
     timings: pb::Timings,
     completion_tokens: u32,
+    cached_tokens: u32,
     generate_at: Option<Instant>,
     first_token_at: Option<Instant>,
 }
@@ -237,6 +240,7 @@ impl Coordinator {
             image_spans: job.prompt.image_spans.iter().map(span).collect(),
             max_new_tokens,
             sampling: Some(decoder::SamplingParams { temperature, top_p, top_k, seed, logprobs }),
+            cache_salt: job.cache_salt.clone(),
         };
         let mut client = decoder.client.clone();
         // A stream may outlast any limit of ours, but not the caller's deadline.
@@ -274,6 +278,7 @@ impl Coordinator {
             match event.and_then(|event| event.event) {
                 Some(DecoderEvent::Token(token)) => {
                     progress.completion_tokens += 1;
+                    progress.cached_tokens = token.cached_tokens.unwrap_or(progress.cached_tokens);
                     progress.first_token_at.get_or_insert_with(Instant::now);
                     let piece = stops.push(&detokenizer.push(token.token_id));
                     send(events, Event::Delta(delta(piece.text, token))).await?;
@@ -331,7 +336,7 @@ impl Coordinator {
         let (prompt_tokens, image_tokens) = (job.prompt.token_ids.len() as u32, job.prompt.image_tokens);
         let completion_tokens = progress.completion_tokens;
         tracing::debug!(request_id = job.call.request_id, prompt_tokens, image_tokens, completion_tokens, total_ms, "finished");
-        let usage = Some(pb::Usage { prompt_tokens, image_tokens, completion_tokens });
+        let usage = Some(pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens: progress.cached_tokens });
         send(events, Event::Finished(pb::Finished { reason: reason.into(), usage, timings: Some(timings) })).await
     }
 }

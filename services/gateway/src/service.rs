@@ -147,12 +147,12 @@ impl Gateway {
     ) -> Result<ReceiverStream<Result<pb::GenerationEvent, Status>>, Status> {
         let permit = self.permit()?;
         let model_fingerprint = self.fingerprint()?;
-        let Generation { image_options, sampling, return_prompt_token_ids } = request;
+        let Generation { image_options, sampling, return_prompt_token_ids, cache_salt } = request;
         let deadline = call.clone();
         let prepare = self.compute(permit, move |inner| {
             let (prompt, pictures) = build_prompt(inner)?;
             let media = Media::new(&model_fingerprint, image_options, &pictures);
-            Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids })
+            Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids, cache_salt })
         });
         let (job, permit) = deadline.within_deadline(prepare).await?;
         let (events, stream) = mpsc::channel(EVENT_BUFFER);
@@ -186,6 +186,7 @@ struct Generation {
     image_options: ImageOptions,
     sampling: Sampling,
     return_prompt_token_ids: bool,
+    cache_salt: Bytes,
 }
 
 #[tonic::async_trait]
@@ -199,8 +200,12 @@ impl GatewayService for Gateway {
         let span = tracing::info_span!("chat", request_id = call.request_id);
         let chat = self.0.limits.chat(request.into_inner()).map_err(status::invalid_argument)?;
         let options = chat.image_options;
-        let generation =
-            Generation { image_options: options, sampling: chat.sampling, return_prompt_token_ids: chat.return_prompt_token_ids };
+        let generation = Generation {
+            image_options: options,
+            sampling: chat.sampling,
+            return_prompt_token_ids: chat.return_prompt_token_ids,
+            cache_salt: chat.cache_salt,
+        };
         let start = self.start(call, generation, move |inner| {
             let prompt = inner.conversation(&chat.turns, options, "messages")?;
             Ok((prompt, pictures(chat.turns)))
@@ -215,8 +220,12 @@ impl GatewayService for Gateway {
         let span = tracing::info_span!("complete", request_id = call.request_id);
         let raw = self.0.limits.generate(request.into_inner()).map_err(status::invalid_argument)?;
         let options = raw.image_options;
-        let generation =
-            Generation { image_options: options, sampling: raw.sampling, return_prompt_token_ids: raw.return_prompt_token_ids };
+        let generation = Generation {
+            image_options: options,
+            sampling: raw.sampling,
+            return_prompt_token_ids: raw.return_prompt_token_ids,
+            cache_salt: raw.cache_salt,
+        };
         let start = self.start(call, generation, move |inner| {
             let prompt = inner.raw_prompt(raw.prompt, options, Some(raw.pictures.len()))?;
             Ok((prompt, raw.pictures))

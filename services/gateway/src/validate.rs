@@ -80,6 +80,7 @@ pub(crate) struct ValidChat {
     pub(crate) image_options: ImageOptions,
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
+    pub(crate) cache_salt: Bytes,
 }
 
 /// A `GenerateRequest`; whether the prompt's marks fit its pictures is checked with the tokenizer.
@@ -90,6 +91,7 @@ pub(crate) struct ValidGenerate {
     pub(crate) image_options: ImageOptions,
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
+    pub(crate) cache_salt: Bytes,
 }
 
 /// A `TokenizeRequest`.
@@ -135,6 +137,7 @@ pub(crate) struct Limits {
 const MAX_VIOLATIONS: usize = 16;
 const MAX_TEMPERATURE: f32 = 2.0;
 const MAX_LOGPROBS: u32 = 20;
+const MAX_CACHE_SALT_BYTES: usize = 256;
 
 impl Limits {
     pub(crate) fn new(config: &GatewayConfig, checkpoint: &Checkpoint) -> Self {
@@ -158,7 +161,8 @@ impl Limits {
         let turns = check.turns("messages", request.messages, PictureBytes::Needed);
         let image_options = check.image_options(request.image_options);
         let sampling = check.sampling(request.sampling.unwrap_or_default());
-        check.finish(ValidChat { turns, image_options, sampling, return_prompt_token_ids: request.return_prompt_token_ids })
+        let cache_salt = check.cache_salt(request.cache_salt);
+        check.finish(ValidChat { turns, image_options, sampling, return_prompt_token_ids: request.return_prompt_token_ids, cache_salt })
     }
 
     pub(crate) fn generate(&self, request: pb::GenerateRequest) -> Result<ValidGenerate, Vec<Violation>> {
@@ -171,7 +175,8 @@ impl Limits {
         let image_options = check.image_options(request.image_options);
         let sampling = check.sampling(request.sampling.unwrap_or_default());
         let return_prompt_token_ids = request.return_prompt_token_ids;
-        check.finish(ValidGenerate { prompt: request.prompt, pictures, image_options, sampling, return_prompt_token_ids })
+        let cache_salt = check.cache_salt(request.cache_salt);
+        check.finish(ValidGenerate { prompt: request.prompt, pictures, image_options, sampling, return_prompt_token_ids, cache_salt })
     }
 
     pub(crate) fn tokenize(&self, request: pb::TokenizeRequest) -> Result<ValidTokenize, Vec<Violation>> {
@@ -340,6 +345,13 @@ impl<'a> Check<'a> {
             self.refuse("image_options.shortest_edge", what);
         }
         ImageOptions { split: options.split.unwrap_or(default.split), longest_edge: longest, shortest_edge: shortest }
+    }
+
+    fn cache_salt(&mut self, salt: Bytes) -> Bytes {
+        if salt.len() > MAX_CACHE_SALT_BYTES {
+            self.refuse("cache_salt", format!("has {} bytes, expected at most {MAX_CACHE_SALT_BYTES}", salt.len()));
+        }
+        salt
     }
 
     fn sampling(&mut self, options: pb::SamplingOptions) -> Sampling {

@@ -102,7 +102,14 @@ fn request(args: &AskArgs) -> Result<Request> {
     let images = args.images.iter().map(|path| read_image(path)).collect::<Result<Vec<_>>>()?;
     let prompt = args.prompt.clone().unwrap_or_default();
     if args.raw {
-        return Ok(Request::Generate(GenerateRequest { prompt, images, image_options, sampling, return_prompt_token_ids: args.json }));
+        return Ok(Request::Generate(GenerateRequest {
+            prompt,
+            images,
+            image_options,
+            sampling,
+            return_prompt_token_ids: args.json,
+            cache_salt: Default::default(),
+        }));
     }
     let messages = match &args.messages {
         Some(file) => read_messages(file)?,
@@ -111,7 +118,7 @@ fn request(args: &AskArgs) -> Result<Request> {
             vec![Message { role: Role::User.into(), content: parts.map(|part| ContentPart { part: Some(part) }).collect() }]
         }
     };
-    Ok(Request::Chat(ChatRequest { messages, image_options, sampling, return_prompt_token_ids: args.json }))
+    Ok(Request::Chat(ChatRequest { messages, image_options, sampling, return_prompt_token_ids: args.json, cache_salt: Default::default() }))
 }
 
 #[derive(Deserialize)]
@@ -196,6 +203,7 @@ fn to_json(answer: &Answer, finished: &Finished, load_ms: Option<f64>, with_logp
             "prompt_tokens": usage.prompt_tokens,
             "image_tokens": usage.image_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
         },
         "timings_ms": timings,
     });

@@ -185,7 +185,12 @@ impl DecoderService for FakeDecoder {
             |token_id: u32| Ok(event(decoder::generate_response::Event::Token(decoder::GeneratedToken { token_id, ..Default::default() })));
         let with_logprob = |token_id: u32| {
             let top = vec![decoder::TokenLogprob { token_id, logprob: -0.5 }, decoder::TokenLogprob { token_id: 5, logprob: -1.5 }];
-            Ok(event(decoder::generate_response::Event::Token(decoder::GeneratedToken { token_id, logprob: Some(-0.5), top })))
+            Ok(event(decoder::generate_response::Event::Token(decoder::GeneratedToken {
+                token_id,
+                logprob: Some(-0.5),
+                top,
+                cached_tokens: None,
+            })))
         };
         let end = |reason: decoder::FinishReason| {
             let finished = decoder::Finished { reason: reason.into(), queue_ms: 1.0, prefill_ms: 2.0, decode_ms: 3.0 };
