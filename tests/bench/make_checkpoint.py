@@ -1,0 +1,164 @@
+"""A checkpoint with the widths of idefics2-8b, random bf16 weights and as many layers as asked for.
+
+    make_checkpoint.py DIR TEXT_LAYERS VISION_LAYERS        e.g. 4 27: 4.6 GB; 2 4: 3.2 GB; 32 27: the real size, 16.8 GB
+
+Needs numpy only. config.json is as sparse as the hub's. The tokenizer has a token per character and fills up with names that no
+text contains, so that a prompt's length is easy to choose; the ids that end a turn have zero rows in lm_head, so that an answer is
+as long as asked for.
+"""
+import json
+import pathlib
+import struct
+import sys
+
+import numpy as np
+
+HIDDEN, MLP, VOCAB, HEADS, KV_HEADS, HEAD = 4096, 14336, 32003, 32, 8, 128
+VISION, VISION_MLP, SIDE = 1152, 4304, 70
+LATENTS, PERCEIVER_HEADS, PERCEIVER_KV_HEADS, PERCEIVER_HEAD, PERCEIVER_LAYERS = 64, 16, 4, 96, 3
+FAKE, IMAGE, END_OF_UTTERANCE = 32000, 32001, 32002
+SHARD_BYTES = 4 << 30
+TEMPLATE = (
+    "{% for message in messages %}{{message['role'].capitalize()}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def shapes(text_layers, vision_layers):
+    """Every tensor's name and shape."""
+    p = "model.vision_model."
+    yield p + "embeddings.patch_embedding.weight", (VISION, 3, 14, 14)
+    yield p + "embeddings.patch_embedding.bias", (VISION,)
+    yield p + "embeddings.position_embedding.weight", (SIDE * SIDE, VISION)
+    for i in range(vision_layers):
+        q = f"{p}encoder.layers.{i}."
+        for name, rows, cols in [(f"self_attn.{n}_proj", VISION, VISION) for n in ("q", "k", "v", "out")] + [("mlp.fc1", VISION_MLP, VISION), ("mlp.fc2", VISION, VISION_MLP)]:
+            yield f"{q}{name}.weight", (rows, cols)
+            yield f"{q}{name}.bias", (rows,)
+        for name in ("layer_norm1", "layer_norm2"):
+            yield f"{q}{name}.weight", (VISION,)
+            yield f"{q}{name}.bias", (VISION,)
+    yield p + "post_layernorm.weight", (VISION,)
+    yield p + "post_layernorm.bias", (VISION,)
+
+    p = "model.connector.modality_projection."
+    yield from ((p + "gate_proj.weight", (MLP, VISION)), (p + "up_proj.weight", (MLP, VISION)), (p + "down_proj.weight", (HIDDEN, MLP)))
+    p = "model.connector.perceiver_resampler."
+    yield p + "latents", (LATENTS, HIDDEN)
+    for i in range(PERCEIVER_LAYERS):
+        yield from layer(f"{p}layers.{i}.", ("input_latents_norm", "input_context_norm", "post_attention_layernorm"), PERCEIVER_HEADS * PERCEIVER_HEAD, PERCEIVER_KV_HEADS * PERCEIVER_HEAD, 4 * HIDDEN)
+    yield p + "norm.weight", (HIDDEN,)
+
+    p = "model.text_model."
+    yield p + "embed_tokens.weight", (VOCAB, HIDDEN)
+    for i in range(text_layers):
+        yield from layer(f"{p}layers.{i}.", ("input_layernorm", "post_attention_layernorm"), HEADS * HEAD, KV_HEADS * HEAD, MLP)
+    yield p + "norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCAB, HIDDEN)
+
+
+def layer(prefix, norms, q_width, kv_width, mlp):
+    for name in norms:
+        yield f"{prefix}{name}.weight", (HIDDEN,)
+    yield f"{prefix}self_attn.q_proj.weight", (q_width, HIDDEN)
+    yield f"{prefix}self_attn.k_proj.weight", (kv_width, HIDDEN)
+    yield f"{prefix}self_attn.v_proj.weight", (kv_width, HIDDEN)
+    yield f"{prefix}self_attn.o_proj.weight", (HIDDEN, q_width)
+    yield f"{prefix}mlp.gate_proj.weight", (mlp, HIDDEN)
+    yield f"{prefix}mlp.up_proj.weight", (mlp, HIDDEN)
+    yield f"{prefix}mlp.down_proj.weight", (HIDDEN, mlp)
+
+
+# Normal values of deviation 0.02 in bf16, drawn once: a tensor is a stretch of them, repeated. Their number is prime, so that no
+# two rows of a matrix are equal.
+POOL = (np.random.default_rng(0).standard_normal(7_999_993, dtype=np.float32) * 0.02).view(np.uint32) >> 16
+POOL = POOL.astype("<u2")
+ONE = np.array([1.0], dtype=np.float32).view(np.uint32)[0] >> 16
+
+
+def values(name, shape, offset):
+    if len(shape) == 1:
+        return np.full(shape, ONE if name.endswith("weight") else 0, dtype="<u2")
+    count = int(np.prod(shape))
+    out = np.resize(np.roll(POOL, -offset % len(POOL)), count).reshape(shape)
+    if name == "lm_head.weight":
+        out[[2, END_OF_UTTERANCE, FAKE, IMAGE]] = 0
+    return out
+
+
+def write_weights(folder, tensors):
+    shards, size = [[]], 0
+    for name, shape in tensors:
+        nbytes = 2 * int(np.prod(shape))
+        if size and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape, nbytes))
+        size += nbytes
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape, nbytes in shard:
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + nbytes]}
+            weight_map[name] = file
+            at += nbytes
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(head)) + head)
+            for name, shape, nbytes in shard:
+                values(name, shape, total).tofile(out)
+                total += nbytes
+    if len(shards) > 1:
+        write(folder, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def write(folder, name, value):
+    (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_tokenizer(folder):
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2, "<fake_token_around_image>": FAKE, "<image>": IMAGE, "<end_of_utterance>": END_OF_UTTERANCE}
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for character in ["▁", *map(chr, range(33, 127))]:
+        vocab[character] = len(vocab)
+    while len(vocab) < FAKE:
+        vocab[f"⟨{len(vocab)}⟩"] = len(vocab)
+    added = [{"id": i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for c, i in special.items()]
+    bos = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    write(folder, "tokenizer.json", {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": None,
+        "post_processor": {"type": "TemplateProcessing", "single": bos, "pair": [*bos, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": []}})
+    write(folder, "tokenizer_config.json", {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>", "tokenizer_class": "LlamaTokenizer", "processor_class": "Idefics2Processor"})
+    write(folder, "chat_template.json", {"chat_template": TEMPLATE})
+
+
+def make(folder, text_layers, vision_layers):
+    """Writes the folder; the bytes of its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, "config.json", {
+        "architectures": ["Idefics2ForConditionalGeneration"], "model_type": "idefics2", "image_token_id": IMAGE, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "perceiver_config": {"model_type": "idefics2"},
+        "text_config": {"model_type": "mistral", "max_position_embeddings": 32768, "num_hidden_layers": text_layers, "pad_token_id": 0, "rms_norm_eps": 1e-05, "vocab_size": VOCAB},
+        "vision_config": {"model_type": "idefics2", "hidden_size": VISION, "image_size": 14 * SIDE, "intermediate_size": VISION_MLP, "num_attention_heads": 16, "num_hidden_layers": vision_layers, "patch_size": 14}})
+    write(folder, "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, END_OF_UTTERANCE], "pad_token_id": 0})
+    write(folder, "preprocessor_config.json", {
+        "do_convert_rgb": True, "do_image_splitting": False, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_processor_type": "Idefics2ImageProcessor", "processor_class": "Idefics2Processor", "resample": 2, "rescale_factor": 1 / 255, "size": {"longest_edge": 980, "shortest_edge": 378}})
+    write(folder, "processor_config.json", {"image_seq_len": LATENTS, "processor_class": "Idefics2Processor"})
+    write_tokenizer(folder)
+    return write_weights(folder, shapes(text_layers, vision_layers))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    nbytes = make(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    print(f"{nbytes / 2e9:.2f} B parameters, {nbytes / 1e9:.2f} GB")
