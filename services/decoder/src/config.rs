@@ -18,6 +18,9 @@ pub struct Config {
     pub max_num_seqs: usize,
     /// Tokens in one forward pass: prompts are prefilled in chunks of at most this.
     pub max_num_batched_tokens: usize,
+    /// Tokens guessed ahead in each step from a sequence's own text (prompt lookup), checked in the same forward pass; 0 turns
+    /// it off. The answer stays the same; it comes faster where it repeats the prompt.
+    pub prompt_lookup_tokens: usize,
     /// Requests that may be reserved, wait or run; more are refused.
     pub max_requests: usize,
     /// Memory for image tokens that requests wait for or may use again.
@@ -34,6 +37,7 @@ impl Default for Config {
             block_size_tokens: 16,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
+            prompt_lookup_tokens: 0,
             max_requests: 256,
             image_store_bytes: 512 << 20,
             lease_ms: 60_000,

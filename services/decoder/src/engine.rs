@@ -45,6 +45,10 @@ pub struct EngineStats {
     pub num_free_blocks: AtomicUsize,
     /// Blocks of the KV cache.
     pub num_blocks: AtomicUsize,
+    /// Tokens guessed by prompt lookup.
+    pub num_draft_tokens: AtomicUsize,
+    /// Of these, the ones that were right.
+    pub num_accepted_tokens: AtomicUsize,
     /// How often a sequence had to give its blocks back and start over.
     pub num_preemptions: AtomicUsize,
 }
@@ -132,6 +136,7 @@ struct Worker<B: Backend> {
     runner: ModelRunner<B>,
     stop_token_ids: Vec<u32>,
     banned_token_ids: Vec<u32>,
+    vocab_size: usize,
     stats: Arc<EngineStats>,
 }
 
@@ -142,8 +147,9 @@ impl<B: Backend> Worker<B> {
         let blocks = runner.block_manager(cache, &config);
         stats.num_blocks.store(blocks.num_blocks(), Ordering::Relaxed);
         stats.num_free_blocks.store(blocks.num_free(), Ordering::Relaxed);
-        let scheduler = Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens);
-        Ok(Self { scheduler, runner, stop_token_ids, banned_token_ids, stats })
+        let scheduler =
+            Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens).with_prompt_lookup(config.prompt_lookup_tokens);
+        Ok(Self { scheduler, runner, stop_token_ids, banned_token_ids, vocab_size: model.text_config.vocab_size, stats })
     }
 
     fn run(mut self, mut submissions: mpsc::UnboundedReceiver<Sequence>) {
@@ -182,14 +188,25 @@ impl<B: Backend> Worker<B> {
         let mut finished = Vec::new();
         for (i, logits) in outputs {
             let sequence = &mut running[i];
-            let Some((token_id, logprobs)) = sequence.sampler.sample(logits, &self.banned_token_ids) else {
-                drop(sequence.events.send(Event::Failed("the model's logits are not finite".into())));
-                finished.push(i);
-                continue;
-            };
-            if sequence.push(token_id, logprobs, &self.stop_token_ids).is_some() {
-                finished.push(i);
+            let draft = std::mem::take(&mut sequence.draft);
+            self.stats.num_draft_tokens.fetch_add(draft.len(), Ordering::Relaxed);
+            for (place, logits) in logits.chunks_exact(self.vocab_size).enumerate() {
+                let Some((token_id, logprobs)) = sequence.sampler.sample(logits, &self.banned_token_ids) else {
+                    drop(sequence.events.send(Event::Failed("the model's logits are not finite".into())));
+                    finished.push(i);
+                    break;
+                };
+                if sequence.push(token_id, logprobs, &self.stop_token_ids).is_some() {
+                    finished.push(i);
+                    break;
+                }
+                if draft.get(place) != Some(&token_id) {
+                    break;
+                }
+                self.stats.num_accepted_tokens.fetch_add(1, Ordering::Relaxed);
             }
+            // Keep its memory for the next step.
+            sequence.draft = draft;
         }
         // Before anything leaves: what the step computed can be shared, finished or not.
         self.scheduler.commit(step);

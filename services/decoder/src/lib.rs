@@ -10,6 +10,7 @@ pub mod engine;
 pub mod image_store;
 pub mod model;
 pub mod model_runner;
+pub mod prompt_lookup;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

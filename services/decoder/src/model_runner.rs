@@ -81,6 +81,8 @@ impl<B: Backend> ModelRunner<B> {
         let text = &model.text_config;
         let loaded = Mistral::load(&WeightLoader::new(&backend, weights, progress), text, model.tie_word_embeddings)?;
         let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
+        // A next token is wanted behind every guess.
+        let outputs = tokens.min(seqs * (1 + config.prompt_lookup_tokens));
         let kv_size = text.num_key_value_heads * text.head_dim();
         let max_blocks = cache.max_model_tokens.div_ceil(config.block_size_tokens);
         let slots = cache.num_blocks * config.block_size_tokens;
@@ -91,7 +93,7 @@ impl<B: Backend> ModelRunner<B> {
             .collect::<Result<_>>()?;
         Ok(Self {
             kv,
-            workspace: Workspace::new(&backend, text, tokens, seqs)?,
+            workspace: Workspace::new(&backend, text, tokens, outputs)?,
             inputs: StepInputs {
                 token_ids: i32s(tokens, 1)?,
                 positions: i32s(tokens, 1)?,
@@ -99,7 +101,7 @@ impl<B: Backend> ModelRunner<B> {
                 cu_seqlens_q: i32s(seqs + 1, 1)?,
                 block_tables: i32s(seqs, max_blocks)?,
                 context_lens: i32s(seqs, 1)?,
-                output_rows: i32s(seqs, 1)?,
+                output_rows: i32s(outputs, 1)?,
                 max_seqlen_q: 0,
             },
             images: ImageRows { tokens: backend.alloc(tokens, text.hidden_size, backend.activation_dtype())?, rows: i32s(tokens, 1)? },
@@ -118,7 +120,7 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Computes the step. Returns, in the order of `step`, the logits of each sequence whose last token was computed: pairs of
-    /// the sequence's index and its row `[vocab]`.
+    /// the sequence's index and its rows `[1 + drafts, vocab]`, behind the last token and behind each guess.
     ///
     /// # Errors
     /// If the device fails.
@@ -133,15 +135,22 @@ impl<B: Backend> ModelRunner<B> {
         } else {
             model.forward(backend, inputs, images, kv, workspace)?;
         }
-        self.logits.resize(outputs.len() * self.vocab_size, 0.0);
-        if !outputs.is_empty() {
+        let rows: usize = outputs.iter().map(|(_, rows)| rows).sum();
+        self.logits.resize(rows * self.vocab_size, 0.0);
+        if rows > 0 {
             self.backend.download(self.workspace.logits(), &mut self.logits)?;
         }
-        Ok(outputs.into_iter().zip(self.logits.chunks_exact(self.vocab_size)).collect())
+        let mut rest = &self.logits[..];
+        let split = outputs.into_iter().map(|(sequence, rows)| {
+            let (logits, behind) = rest.split_at(rows * self.vocab_size);
+            rest = behind;
+            (sequence, logits)
+        });
+        Ok(split.collect())
     }
 
-    /// Uploads the step; returns the sequences whose next token it gives.
-    fn prepare(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<usize>> {
+    /// Uploads the step; returns the sequences whose next token it gives, with their rows of logits.
+    fn prepare(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<(usize, usize)>> {
         let tokens = step.iter().map(|part| part.num_tokens).sum();
         let (mut token_ids, mut positions, mut slots) =
             (Vec::with_capacity(tokens), Vec::with_capacity(tokens), Vec::with_capacity(tokens));
@@ -151,7 +160,8 @@ impl<B: Backend> ModelRunner<B> {
             let sequence = &sequences[part.sequence];
             let table = &sequence.block_table;
             let range = sequence.num_computed..sequence.num_computed + part.num_tokens;
-            token_ids.extend(sequence.token_ids[range.clone()].iter().map(|id| *id as i32));
+            let real = range.start..range.end - part.num_drafts;
+            token_ids.extend(sequence.token_ids[real.clone()].iter().chain(&sequence.draft[..part.num_drafts]).map(|id| *id as i32));
             positions.extend(range.clone().map(|p| p as i32));
             slots.extend(range.clone().map(|p| table.slot(p, self.kv[0].block_size)));
             cu_seqlens.push(token_ids.len() as i32);
@@ -159,9 +169,10 @@ impl<B: Backend> ModelRunner<B> {
             let row = tables.len();
             tables.extend(table.blocks().iter().map(|b| *b as i32));
             tables.resize(row + self.max_blocks, 0);
-            if range.end == sequence.token_ids.len() {
-                output_rows.push(token_ids.len() as i32 - 1);
-                outputs.push(part.sequence);
+            if real.end == sequence.token_ids.len() {
+                let (end, rows) = (token_ids.len(), 1 + part.num_drafts);
+                output_rows.extend((end - rows..end).map(|row| row as i32));
+                outputs.push((part.sequence, rows));
             }
         }
         let inputs = &mut self.inputs;

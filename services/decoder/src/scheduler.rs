@@ -2,6 +2,7 @@
 
 use crate::{
     block_manager::{BlockManager, BlockTable},
+    prompt_lookup,
     sequence::Sequence,
 };
 use std::collections::VecDeque;
@@ -11,8 +12,10 @@ use std::collections::VecDeque;
 pub struct Scheduled {
     /// Index into [`Scheduler::running`].
     pub sequence: usize,
-    /// Tokens to compute.
+    /// Tokens to compute, guessed ones included.
     pub num_tokens: usize,
+    /// How many of them are guesses behind the sequence's last token ([`Sequence::draft`]).
+    pub num_drafts: usize,
 }
 
 /// Sequences in order of arrival: nobody overtakes. A running sequence takes blocks as it grows; when none are left, the
@@ -23,13 +26,28 @@ pub struct Scheduler {
     blocks: BlockManager,
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
+    prompt_lookup_tokens: usize,
     num_preemptions: usize,
 }
 
 impl Scheduler {
     /// An empty one.
     pub fn new(blocks: BlockManager, max_num_seqs: usize, max_num_batched_tokens: usize) -> Self {
-        Self { waiting: VecDeque::new(), running: Vec::new(), blocks, max_num_seqs, max_num_batched_tokens, num_preemptions: 0 }
+        Self {
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            blocks,
+            max_num_seqs,
+            max_num_batched_tokens,
+            prompt_lookup_tokens: 0,
+            num_preemptions: 0,
+        }
+    }
+
+    /// Guesses up to `tokens` tokens ahead for every decoding sequence.
+    #[must_use]
+    pub fn with_prompt_lookup(self, tokens: usize) -> Self {
+        Self { prompt_lookup_tokens: tokens, ..self }
     }
 
     /// Adds a sequence at the end of the queue. It must fit into the cache alone.
@@ -81,7 +99,7 @@ impl Scheduler {
             }
             if num_tokens > 0 {
                 prefill_budget -= if self.running[i].num_pending() == 1 { 0 } else { num_tokens };
-                scheduled.push(Scheduled { sequence: i, num_tokens });
+                scheduled.push(Scheduled { sequence: i, num_tokens, num_drafts: 0 });
             }
             i += 1;
         }
@@ -92,16 +110,44 @@ impl Scheduler {
                 break;
             }
             prefill_budget -= num_tokens;
-            scheduled.push(Scheduled { sequence, num_tokens });
+            scheduled.push(Scheduled { sequence, num_tokens, num_drafts: 0 });
         }
+        self.draft(&mut scheduled, prefill_budget);
         scheduled
     }
 
-    /// Notes that the step was computed, and makes the blocks that it filled known to others.
+    /// Adds guesses to decoding sequences, with what the step has left of its budget and the cache of free blocks: nobody
+    /// gives way to a guess.
+    fn draft(&mut self, scheduled: &mut [Scheduled], mut budget: usize) {
+        if self.prompt_lookup_tokens == 0 {
+            return;
+        }
+        for part in scheduled {
+            let sequence = &mut self.running[part.sequence];
+            sequence.draft.clear();
+            // The sampler chooses one token behind the last guess.
+            let room = sequence.max_len().saturating_sub(sequence.token_ids.len() + 1);
+            if sequence.num_pending() != 1 || room == 0 {
+                continue;
+            }
+            let guesses = prompt_lookup::propose(&sequence.token_ids, self.prompt_lookup_tokens.min(budget).min(room));
+            let tokens = sequence.token_ids.len() + guesses.len();
+            if !guesses.is_empty() && self.blocks.extend(&mut sequence.block_table, tokens) {
+                sequence.draft.extend_from_slice(guesses);
+                part.num_drafts = guesses.len();
+                part.num_tokens += guesses.len();
+                budget -= guesses.len();
+            }
+        }
+    }
+
+    /// Notes that the step was computed and its tokens chosen, and makes the blocks that it filled known to others. Guesses
+    /// that were not chosen leave nothing behind but slots that are overwritten.
     pub fn commit(&mut self, step: &[Scheduled]) {
         for part in step {
             let sequence = &mut self.running[part.sequence];
-            sequence.num_computed += part.num_tokens;
+            // The newest token is always one that no step has seen.
+            sequence.num_computed = (sequence.num_computed + part.num_tokens).min(sequence.token_ids.len() - 1);
             let full = sequence.num_computed / self.blocks.block_size();
             for index in sequence.num_published..full {
                 let hash = sequence.block_hash(index, self.blocks.block_size());
@@ -214,14 +260,19 @@ mod tests {
 
     /// Computes a step: who has no tokens pending gets the next one. Returns how many ended.
     fn run(scheduler: &mut Scheduler, step: &[Scheduled]) -> usize {
-        scheduler.commit(step);
         let mut finished = Vec::new();
         for part in step {
             let sequence = &mut scheduler.running()[part.sequence];
-            if sequence.num_pending() == 0 && sequence.push(7, None, &[]).is_some() {
-                finished.push(part.sequence);
+            // Guesses are right every other time.
+            let right = if sequence.token_ids.len() % 2 == 0 { part.num_drafts } else { 0 };
+            let ends_at_last = sequence.num_pending() + part.num_drafts == part.num_tokens;
+            for _ in 0..if ends_at_last { 1 + right } else { 0 } {
+                if sequence.push(7, None, &[]).is_some() {
+                    finished.push(part.sequence);
+                }
             }
         }
+        scheduler.commit(step);
         scheduler.remove(&finished);
         finished.len()
     }
@@ -310,7 +361,7 @@ mod tests {
         let (b, mut b_events) = sequence([first, vec![7, 7, 7, 90, 91, 92]].concat(), 1);
         scheduler.add(b);
         let step = scheduler.schedule();
-        assert_eq!(step, [Scheduled { sequence: 0, num_tokens: 16 - 12 }]);
+        assert_eq!(step, [Scheduled { sequence: 0, num_tokens: 16 - 12, num_drafts: 0 }]);
         run(&mut scheduler, &step);
         assert!(matches!(b_events.try_recv(), Ok(Event::Token { cached_tokens: Some(12), .. })));
     }
@@ -352,7 +403,8 @@ mod tests {
             let block_size = rng.random_range(1..6);
             let num_blocks = rng.random_range(30 / block_size + 2..120 / block_size + 3);
             let (max_seqs, budget) = (rng.random_range(1..7), rng.random_range(7..40));
-            let mut scheduler = Scheduler::new(BlockManager::new(num_blocks, block_size), max_seqs, budget);
+            let scheduler = Scheduler::new(BlockManager::new(num_blocks, block_size), max_seqs, budget);
+            let mut scheduler = scheduler.with_prompt_lookup(seed as usize % 4);
             let mut receivers: Vec<(usize, Option<UnboundedReceiver<Event>>)> = Vec::new();
             let mut steps = 0;
             while receivers.len() < 40 || !scheduler.is_empty() {
@@ -379,7 +431,9 @@ mod tests {
                 for part in &step {
                     let s = &scheduler.running()[part.sequence];
                     let covered = s.block_table.blocks().len() * block_size;
-                    assert!(part.num_tokens > 0 && part.num_tokens <= s.num_pending() && s.num_computed + part.num_tokens <= covered);
+                    let real = part.num_tokens - part.num_drafts;
+                    assert!(real > 0 && real <= s.num_pending() && s.num_computed + part.num_tokens <= covered);
+                    assert!(part.num_drafts == 0 || s.token_ids.len() + part.num_drafts < s.max_len());
                 }
                 run(&mut scheduler, &step);
                 check_sharing(&mut scheduler);

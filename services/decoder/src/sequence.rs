@@ -126,6 +126,8 @@ pub struct Sequence {
     pub sampler: Sampler,
     /// Its blocks; empty while it waits.
     pub block_table: BlockTable,
+    /// Tokens guessed to follow the last one, to be checked in this step.
+    pub draft: Vec<u32>,
     /// Full blocks that others know of.
     pub num_published: usize,
     /// Where its events go. At most `max_new_tokens + 1` are ever sent, which bounds what a slow reader can hold.
@@ -152,6 +154,7 @@ impl Sequence {
             max_new_tokens: request.max_new_tokens,
             sampler,
             block_table: BlockTable::default(),
+            draft: Vec::new(),
             num_published: 0,
             events,
             span,

@@ -155,6 +155,26 @@ async fn dropped_stream_frees_blocks() {
 }
 
 #[tokio::test]
+async fn prompt_lookup_changes_no_answer() {
+    for sampling in [GREEDY, SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY }] {
+        let (_folder, engine) = engine(Config { prompt_lookup_tokens: 3, ..large() });
+        let mut answers = Vec::new();
+        for request in requests(sampling) {
+            answers.push(collect(engine.submit(request, Span::none())).await);
+        }
+        assert_eq!(answers, alone(sampling).await);
+    }
+    // A tiny random model soon repeats itself: some guesses must be right, or none are ever accepted.
+    let (_folder, plain) = engine(large());
+    let (_folder, guessing) = engine(Config { prompt_lookup_tokens: 3, ..large() });
+    let answer = collect(plain.submit(text(vec![5, 6, 7], 200), Span::none())).await;
+    assert_eq!(collect(guessing.submit(text(vec![5, 6, 7], 200), Span::none())).await, answer);
+    let (drafted, accepted) =
+        (guessing.stats().num_draft_tokens.load(Ordering::Relaxed), guessing.stats().num_accepted_tokens.load(Ordering::Relaxed));
+    assert!(accepted > 0 && accepted <= drafted, "{accepted} of {drafted}");
+}
+
+#[tokio::test]
 async fn second_turn_reuses_the_first_and_answers_the_same() {
     let (_folder, engine) = engine(large());
     let mut rng = ChaCha8Rng::seed_from_u64(9);
