@@ -4,6 +4,7 @@
 pub mod channel;
 pub mod checkpoint;
 pub mod config;
+pub mod metrics;
 pub mod serve;
 pub mod status;
 pub mod telemetry;

@@ -27,6 +27,8 @@ use tower::ServiceExt;
 pub struct ServerConfig {
     /// Address to listen on; port 0 takes a free one, which the `ready` log line names.
     pub grpc_addr: SocketAddr,
+    /// Address of `/metrics` for Prometheus; none unless given.
+    pub metrics_addr: Option<SocketAddr>,
     /// After SIGTERM, streams may go on for this long before they are cancelled with `UNAVAILABLE`.
     pub drain_ms: u64,
     /// A connection is closed gracefully at this age, so that clients find new replicas. 0 means never.
@@ -35,7 +37,7 @@ pub struct ServerConfig {
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self { grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)), drain_ms: 30_000, max_connection_age_ms: 0 }
+        Self { grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)), metrics_addr: None, drain_ms: 30_000, max_connection_age_ms: 0 }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     config::Config,
+    metrics::{EngineMetrics, Levels},
     model_runner::{CacheSize, ModelRunner},
     sampler::Sampler,
     scheduler::{Scheduled, Scheduler},
@@ -138,6 +139,7 @@ struct Worker<B: Backend> {
     banned_token_ids: Vec<u32>,
     vocab_size: usize,
     stats: Arc<EngineStats>,
+    metrics: EngineMetrics,
 }
 
 impl<B: Backend> Worker<B> {
@@ -149,7 +151,15 @@ impl<B: Backend> Worker<B> {
         stats.num_free_blocks.store(blocks.num_free(), Ordering::Relaxed);
         let scheduler =
             Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens).with_prompt_lookup(config.prompt_lookup_tokens);
-        Ok(Self { scheduler, runner, stop_token_ids, banned_token_ids, vocab_size: model.text_config.vocab_size, stats })
+        Ok(Self {
+            scheduler,
+            runner,
+            stop_token_ids,
+            banned_token_ids,
+            vocab_size: model.text_config.vocab_size,
+            metrics: EngineMetrics::new(),
+            stats,
+        })
     }
 
     fn run(mut self, mut submissions: mpsc::UnboundedReceiver<Sequence>) {
@@ -173,10 +183,19 @@ impl<B: Backend> Worker<B> {
                     return;
                 }
             }
-            self.stats.num_free_blocks.store(self.scheduler.blocks().num_free(), Ordering::Relaxed);
-            self.stats.num_preemptions.store(self.scheduler.num_preemptions(), Ordering::Relaxed);
-            self.stats.num_sequences.store(self.scheduler.len() + submissions.len(), Ordering::Relaxed);
+            self.publish(submissions.len());
         }
+    }
+
+    /// Shows where the engine stands.
+    fn publish(&mut self, num_submitted: usize) {
+        let (waiting, all) = (self.scheduler.num_waiting() + num_submitted, self.scheduler.len() + num_submitted);
+        let (blocks, free) = (self.scheduler.blocks().num_blocks(), self.scheduler.blocks().num_free());
+        let preemptions = self.scheduler.num_preemptions();
+        self.stats.num_free_blocks.store(free, Ordering::Relaxed);
+        self.stats.num_preemptions.store(preemptions, Ordering::Relaxed);
+        self.stats.num_sequences.store(all, Ordering::Relaxed);
+        self.metrics.set_levels(Levels { waiting, running: all - waiting, blocks_used: blocks - free, blocks, preemptions });
     }
 
     fn step(&mut self, step: &[Scheduled]) -> Result<()> {
@@ -189,7 +208,11 @@ impl<B: Backend> Worker<B> {
         for (i, logits) in outputs {
             let sequence = &mut running[i];
             let draft = std::mem::take(&mut sequence.draft);
-            self.stats.num_draft_tokens.fetch_add(draft.len(), Ordering::Relaxed);
+            let (before, drafted) = (sequence.token_ids.len(), draft.len());
+            let mut accepted = 0;
+            if before == sequence.prompt_len {
+                self.metrics.first_token(sequence);
+            }
             for (place, logits) in logits.chunks_exact(self.vocab_size).enumerate() {
                 let Some((token_id, logprobs)) = sequence.sampler.sample(logits, &self.banned_token_ids) else {
                     drop(sequence.events.send(Event::Failed("the model's logits are not finite".into())));
@@ -203,16 +226,20 @@ impl<B: Backend> Worker<B> {
                 if draft.get(place) != Some(&token_id) {
                     break;
                 }
-                self.stats.num_accepted_tokens.fetch_add(1, Ordering::Relaxed);
+                accepted += 1;
             }
+            self.stats.num_draft_tokens.fetch_add(drafted, Ordering::Relaxed);
+            self.stats.num_accepted_tokens.fetch_add(accepted, Ordering::Relaxed);
+            self.metrics.tokens(sequence.token_ids.len() - before, drafted, accepted);
             // Keep its memory for the next step.
             sequence.draft = draft;
         }
         // Before anything leaves: what the step computed can be shared, finished or not.
         self.scheduler.commit(step);
         self.scheduler.remove(&finished);
-        let tokens: usize = step.iter().map(|part| part.num_tokens).sum();
-        tracing::trace!(tokens, outputs = num_outputs, elapsed_ms = started_at.elapsed().as_secs_f64() * 1e3, "step");
+        let elapsed = started_at.elapsed();
+        self.metrics.step(step, elapsed);
+        tracing::trace!(sequences = step.len(), outputs = num_outputs, elapsed_ms = elapsed.as_secs_f64() * 1e3, "step");
         Ok(())
     }
 

@@ -8,6 +8,7 @@ pub mod block_manager;
 pub mod config;
 pub mod engine;
 pub mod image_store;
+mod metrics;
 pub mod model;
 pub mod model_runner;
 pub mod prompt_lookup;

@@ -66,6 +66,11 @@ impl Scheduler {
         self.waiting.len() + self.running.len()
     }
 
+    /// Sequences that wait.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Sequences that run, oldest first.
     pub fn running(&mut self) -> &mut [Sequence] {
         &mut self.running

@@ -199,6 +199,11 @@ impl Sequence {
         self.block_hashes[index + 1]
     }
 
+    /// Tokens that were in the cache when it first ran.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens.unwrap_or(0)
+    }
+
     /// Notes how many tokens were in the cache when it first ran.
     pub fn note_cached(&mut self, tokens: usize) {
         self.cached_tokens.get_or_insert(tokens);

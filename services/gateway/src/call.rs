@@ -52,8 +52,12 @@ impl Call {
         Status::deadline_exceeded(format!("not finished {} ms after receipt, when the caller's deadline passed", self.elapsed_ms() as u64))
     }
 
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.received_at.elapsed()
+    }
+
     pub(crate) fn elapsed_ms(&self) -> f64 {
-        self.received_at.elapsed().as_secs_f64() * 1e3
+        self.elapsed().as_secs_f64() * 1e3
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     detokenize::{Detokenizer, StopTexts},
     failure::{Failure, RETRY_AFTER},
     media::{Image, Media},
+    metrics,
     prompt::Prompt,
     replicas::{Affinity, Decoder, Replicas},
     tokenizer::TextTokenizer,
@@ -73,6 +74,20 @@ struct Progress {
     cached_tokens: u32,
     generate_at: Option<Instant>,
     first_token_at: Option<Instant>,
+    last_token_at: Option<Instant>,
+}
+
+impl Progress {
+    fn note_token(&mut self, call: &Call) {
+        let now = Instant::now();
+        match self.last_token_at.replace(now) {
+            Some(last) => metrics::next_token(now - last),
+            None => {
+                self.first_token_at = Some(now);
+                metrics::first_token(call.elapsed());
+            }
+        }
+    }
 }
 
 impl Coordinator {
@@ -279,7 +294,7 @@ impl Coordinator {
                 Some(DecoderEvent::Token(token)) => {
                     progress.completion_tokens += 1;
                     progress.cached_tokens = token.cached_tokens.unwrap_or(progress.cached_tokens);
-                    progress.first_token_at.get_or_insert_with(Instant::now);
+                    progress.note_token(&job.call);
                     let piece = stops.push(&detokenizer.push(token.token_id));
                     send(events, Event::Delta(delta(piece.text, token))).await?;
                     if piece.stopped {
@@ -336,8 +351,9 @@ impl Coordinator {
         let (prompt_tokens, image_tokens) = (job.prompt.token_ids.len() as u32, job.prompt.image_tokens);
         let completion_tokens = progress.completion_tokens;
         tracing::debug!(request_id = job.call.request_id, prompt_tokens, image_tokens, completion_tokens, total_ms, "finished");
-        let usage = Some(pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens: progress.cached_tokens });
-        send(events, Event::Finished(pb::Finished { reason: reason.into(), usage, timings: Some(timings) })).await
+        let usage = pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens: progress.cached_tokens };
+        metrics::finished(&usage, job.call.elapsed());
+        send(events, Event::Finished(pb::Finished { reason: reason.into(), usage: Some(usage), timings: Some(timings) })).await
     }
 }
 

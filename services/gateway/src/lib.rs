@@ -10,6 +10,7 @@ mod coordinator;
 mod detokenize;
 mod failure;
 mod media;
+mod metrics;
 mod prompt;
 mod replicas;
 mod service;

@@ -6,6 +6,7 @@ use crate::{
     coordinator::{Coordinator, Events, Job, longest},
     failure::RETRY_AFTER,
     media::Media,
+    metrics,
     prompt::{self, ImageLayout, Prompt},
     replicas::Replicas,
     template::{ChatTemplate, TemplateError},
@@ -31,7 +32,7 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::DropGuard;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::Instrument;
 
 /// Full name of the service, for health.
@@ -67,6 +68,7 @@ impl Gateway {
     /// # Errors
     /// [`GatewayError`] if the checkpoint's tokenizer or template cannot be used.
     pub fn new(config: GatewayConfig, checkpoint: Checkpoint, peers: Peers, shutdown: Shutdown) -> Result<Self, GatewayError> {
+        metrics::describe();
         let tokenizer = Arc::new(TextTokenizer::new(&checkpoint)?);
         let template = ChatTemplate::new(&checkpoint)?;
         let replicas = Arc::new(Replicas::new(peers, &checkpoint));
@@ -163,16 +165,19 @@ impl Gateway {
 
     /// Runs a generation until it ends, its caller goes away, or the gateway shuts down.
     async fn run(&self, job: Job, events: Events, permit: OwnedSemaphorePermit) {
+        let _running = metrics::Running::new();
         let outcome = tokio::select! {
             biased;
             () = events.closed() => {
                 tracing::debug!(request_id = job.call.request_id, "the caller went away");
+                metrics::ended(Code::Cancelled);
                 return;
             }
             () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
             outcome = job.call.within_deadline(self.0.coordinator.generate(&job, &events)) => outcome,
         };
         drop(permit);
+        metrics::ended(outcome.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = outcome {
             tracing::debug!(request_id = job.call.request_id, code = ?status.code(), "failed");
             // Fails only if the caller has gone meanwhile.

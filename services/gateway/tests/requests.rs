@@ -40,7 +40,10 @@ async fn request_is_admitted_then_encoded_then_generated() {
     assert_eq!(started.prompt_token_ids.iter().filter(|id| **id == IMAGE).count(), 16);
     let finished = answer.finished.unwrap();
     assert_eq!(finished.reason(), pb::FinishReason::Stop);
-    assert_eq!(finished.usage.unwrap(), pb::Usage { prompt_tokens: started.prompt_tokens, image_tokens: 16, completion_tokens: 5, cached_tokens: 0 });
+    assert_eq!(
+        finished.usage.unwrap(),
+        pb::Usage { prompt_tokens: started.prompt_tokens, image_tokens: 16, completion_tokens: 5, cached_tokens: 0 }
+    );
     let timings = finished.timings.unwrap();
     assert_eq!((timings.preprocess_ms, timings.encode_queue_ms, timings.encode_ms, timings.ship_ms), (4.0, 5.0, 6.0, 7.0));
     assert_eq!((timings.queue_ms, timings.prefill_ms, timings.decode_ms), (1.0, 2.0, 3.0));

@@ -134,6 +134,9 @@ pub(crate) struct ServeArgs {
     /// Address to listen on; port 0 takes a free one [default: 127.0.0.1:50051]
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) grpc_addr: Option<SocketAddr>,
+    /// Address of Prometheus metrics at /metrics; port 0 takes a free one [default: none]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) metrics_addr: Option<SocketAddr>,
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

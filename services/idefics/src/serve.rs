@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use idefics_common::{
     checkpoint::Checkpoint,
     config,
+    metrics::MetricsServer,
     serve::{RoleServer, ServerHandle, Shutdown},
     telemetry,
 };
@@ -54,6 +55,11 @@ pub(crate) async fn run(args: ServeArgs, role: Role) -> Result<()> {
     telemetry::init(config.log.format, &config.log.filter).map_err(anyhow::Error::msg)?;
     let shutdown = Shutdown::default();
     shutdown.on_signals(Duration::from_millis(config.server.drain_ms))?;
+    if let Some(address) = config.server.metrics_addr {
+        let metrics = MetricsServer::bind(address).await.map_err(anyhow::Error::msg)?;
+        tracing::info!(role = role.name(), metrics_addr = %metrics.local_addr()?, "metrics");
+        tokio::spawn(metrics.serve(shutdown.clone()));
+    }
     let server = RoleServer::bind(config.server.clone(), role.services()).await?;
     let (address, handle) = (server.local_addr()?, server.handle());
     tracing::info!(role = role.name(), grpc_addr = %address, version = env!("CARGO_PKG_VERSION"), "listening");
@@ -83,6 +89,9 @@ fn load_config(args: &ServeArgs) -> Result<Config> {
     let mut flags = json!({});
     if let Some(address) = args.grpc_addr {
         flags["server"]["grpc_addr"] = json!(address);
+    }
+    if let Some(address) = args.metrics_addr {
+        flags["server"]["metrics_addr"] = json!(address);
     }
     if let Some(format) = args.log_format {
         flags["log"]["format"] = json!(telemetry::LogFormat::from(format));
