@@ -203,7 +203,13 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Causal attention of the q columns of `qkv` over the cache, which holds the step's own keys already. `out` `[tokens,
     /// q_size]`. FlashAttention (Dao 2023): scores are never stored.
-    fn paged_attention(&self, qkv: &Tensor<Self>, kv: &KvCache<Self>, step: &PagedAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;
+    fn paged_attention(
+        &self,
+        qkv: &Tensor<Self>,
+        kv: &KvCache<Self>,
+        step: &PagedAttention<'_, Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()>;
 
     /// Bidirectional attention over packed sequences. `out` `[sum of query lengths, q_size]`. Scores are never stored.
     fn attention_varlen(&self, attention: &VarlenAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;
