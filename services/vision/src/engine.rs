@@ -1,15 +1,23 @@
-//! The engine: one thread that owns the device and encodes queued pictures in packed passes.
+//! The engine: one thread that owns the device and encodes queued pictures in packed passes, first come, first served.
 
 use crate::{
-    model::{PassLimits, VisionModel},
+    model_runner::{ModelRunner, RunPass, TokensShape},
     preprocess::{Normalization, PatchGrid},
 };
 use bytes::Bytes;
-use half::{bf16, f16};
 use idefics_common::checkpoint::ModelConfig;
-use idefics_kernels::{Backend, DType, Error, Result, Tensor, WeightLoader, weights::Weights};
-use std::{collections::VecDeque, ops::Range, thread, time::Instant};
-use tokio::sync::{mpsc, oneshot, watch};
+use idefics_kernels::{Backend, DType, Error, Result, weights::Weights};
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+    time::Instant,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::{Span, info_span};
 
 /// What an engine needs to start.
@@ -22,7 +30,7 @@ pub struct EngineOptions {
     pub normalization: Normalization,
     /// Most patches in one pass.
     pub max_batch_patches: usize,
-    /// Jobs that may wait.
+    /// Pictures that may be admitted and not yet encoded.
     pub max_queued_images: usize,
     /// Called with the bytes of each tensor as it is loaded.
     pub progress: Box<dyn Fn(usize) + Send>,
@@ -31,7 +39,7 @@ pub struct EngineOptions {
 /// Why a picture was not encoded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// The queue is full.
+    /// As many pictures are admitted as may be.
     #[error("{0} pictures wait for the vision engine already; try again later")]
     QueueFull(usize),
     /// The engine's thread has ended after a device fault.
@@ -42,8 +50,67 @@ pub enum EngineError {
     Failed(String),
 }
 
-/// Image tokens of one picture.
-#[derive(Debug)]
+/// What happens in the engine and in front of it.
+#[derive(Debug, Default)]
+pub struct EngineStats {
+    /// Pictures that are admitted and not yet encoded.
+    pub num_queued_images: AtomicUsize,
+    /// Of those, pictures that the engine has: they wait for a pass or take part in one.
+    pub num_ready_images: AtomicUsize,
+    /// Forward passes.
+    pub num_passes: AtomicU64,
+    /// Sub-images in those passes.
+    pub num_sub_images: AtomicU64,
+    /// Pictures that were given up because nobody waited for them any more, before their last pass.
+    pub num_abandoned_images: AtomicU64,
+    /// Calls that took part in the work for another one.
+    pub num_coalesced_calls: AtomicU64,
+    /// Calls that were answered from the cache.
+    pub num_cached_calls: AtomicU64,
+    /// Bytes in the cache.
+    pub output_cache_bytes: AtomicUsize,
+}
+
+/// Counts one for as long as it lives.
+struct Counted {
+    stats: Arc<EngineStats>,
+    gauge: fn(&EngineStats) -> &AtomicUsize,
+}
+
+impl Counted {
+    fn new(stats: &Arc<EngineStats>, gauge: fn(&EngineStats) -> &AtomicUsize) -> Self {
+        gauge(stats).fetch_add(1, Ordering::Relaxed);
+        Self { stats: Arc::clone(stats), gauge }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        (self.gauge)(&self.stats).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The right to have one picture encoded. Given back when it is dropped.
+pub struct QueuePermit {
+    _permit: OwnedSemaphorePermit,
+    _counted: Counted,
+}
+
+/// A picture to encode.
+pub struct Picture {
+    /// Its patches.
+    pub sub_images: Vec<PatchGrid>,
+    /// From [`Engine::admit`]. Both permits are given back when the engine has no more to do with the picture.
+    pub queue_permit: QueuePermit,
+    /// One of the caller's, who bounds how many pictures hold patches.
+    pub memory_permit: OwnedSemaphorePermit,
+    /// Called on the engine's thread with the complete result, before [`Engine::encode`] returns it, and also if nobody waits
+    /// for that any more.
+    pub on_encoded: Box<dyn FnOnce(&Encoded) + Send>,
+}
+
+/// Image tokens of one picture. Cheap to clone.
+#[derive(Clone, Debug)]
 pub struct Encoded {
     /// `[tokens, hidden]` row-major, little-endian, of `dtype`.
     pub data: Bytes,
@@ -53,24 +120,27 @@ pub struct Encoded {
     pub tokens: usize,
     /// Columns.
     pub hidden: usize,
-    /// Time in the queue.
-    pub queue_ms: f64,
-    /// Time of the passes in which it took part.
-    pub encode_ms: f64,
+    /// Begin of the first pass in which it took part.
+    pub started_at: Instant,
+    /// End of the last pass.
+    pub ended_at: Instant,
 }
 
-/// A picture to encode.
+/// Its fields are dropped in this order: who learns from `reply` that it is over finds its permits given back.
 struct Job {
-    sub_images: Vec<PatchGrid>,
-    reply: oneshot::Sender<Result<Encoded, EngineError>>,
+    picture: Picture,
+    _counted: Counted,
     span: Span,
-    queued_at: Instant,
+    reply: oneshot::Sender<Result<Encoded, EngineError>>,
 }
 
 /// A handle on the engine's thread. The thread ends when the last handle is dropped.
 #[derive(Clone)]
 pub struct Engine {
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::UnboundedSender<Job>, // bounded by `queue`
+    queue: Arc<Semaphore>,
+    max_queued_images: usize,
+    stats: Arc<EngineStats>,
     alive: watch::Receiver<bool>,
     device_name: String,
 }
@@ -81,36 +151,66 @@ impl Engine {
     /// # Errors
     /// If the weights are not those of `options.model`, or the device has no room.
     pub fn start<B: Backend>(backend: B, options: EngineOptions) -> Result<Self> {
-        let (jobs, receiver) = mpsc::channel(options.max_queued_images);
+        let (device_name, max_queued_images) = (backend.device_name(), options.max_queued_images);
+        Self::start_with(device_name, max_queued_images, move || ModelRunner::load(backend, &options))
+    }
+
+    /// Starts a thread that loads a runner of passes and works with it; blocks until it is loaded.
+    ///
+    /// # Errors
+    /// Those of `load`.
+    pub fn start_with<R: RunPass>(
+        device_name: String,
+        max_queued_images: usize,
+        load: impl FnOnce() -> Result<R> + Send + 'static,
+    ) -> Result<Self> {
+        let (jobs, receiver) = mpsc::unbounded_channel();
         let (alive_sender, alive) = watch::channel(true);
         let (loaded_sender, loaded) = std::sync::mpsc::channel();
-        let device_name = backend.device_name();
+        let stats = Arc::new(EngineStats::default());
+        let worker_stats = Arc::clone(&stats);
         let spawned = thread::Builder::new().name("vision-engine".into()).spawn(move || {
             let _alive = AliveGuard(alive_sender);
-            let worker = match Worker::load(backend, options) {
-                Ok(worker) => worker,
+            let runner = match load() {
+                Ok(runner) => runner,
                 Err(error) => return drop(loaded_sender.send(Err(error))),
             };
             drop(loaded_sender.send(Ok(())));
-            worker.run(receiver);
+            Worker { shape: runner.tokens_shape(), runner, stats: worker_stats }.run(receiver);
         });
         spawned.map_err(|e| Error::Device(format!("the engine's thread cannot be started: {e}")))?;
         loaded.recv().unwrap_or_else(|_| Err(Error::Device("the engine's thread ended while it loaded".into())))?;
-        Ok(Self { jobs, alive, device_name })
+        Ok(Self { jobs, queue: Arc::new(Semaphore::new(max_queued_images)), max_queued_images, stats, alive, device_name })
     }
 
-    /// Image tokens of one picture's sub-images. Dropping the future takes the picture out of the queue.
+    /// Admits a picture, or refuses it at once: ask before anything costly is done for it.
+    ///
+    /// # Errors
+    /// [`EngineError::QueueFull`]
+    pub fn admit(&self) -> Result<QueuePermit, EngineError> {
+        let permit = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| EngineError::QueueFull(self.max_queued_images))?;
+        Ok(QueuePermit { _permit: permit, _counted: Counted::new(&self.stats, |stats| &stats.num_queued_images) })
+    }
+
+    /// Image tokens of one picture's sub-images. Dropping the future takes the picture out of the queue; if it takes part in a
+    /// pass, that goes on, and further passes for it are not made.
     ///
     /// # Errors
     /// [`EngineError`]
-    pub async fn encode(&self, sub_images: Vec<PatchGrid>) -> Result<Encoded, EngineError> {
+    pub async fn encode(&self, picture: Picture) -> Result<Encoded, EngineError> {
+        if picture.sub_images.is_empty() {
+            return Err(EngineError::Failed("picture has no sub-images, expected 1 or more".into()));
+        }
         let (reply, answer) = oneshot::channel();
-        let job = Job { sub_images, reply, span: info_span!("encode_pass"), queued_at: Instant::now() };
-        self.jobs.try_send(job).map_err(|e| match e {
-            mpsc::error::TrySendError::Full(_) => EngineError::QueueFull(self.jobs.max_capacity()),
-            mpsc::error::TrySendError::Closed(_) => EngineError::Ended,
-        })?;
+        let counted = Counted::new(&self.stats, |stats| &stats.num_ready_images);
+        let job = Job { picture, _counted: counted, span: info_span!("encode_pass"), reply };
+        self.jobs.send(job).map_err(|_| EngineError::Ended)?;
         answer.await.unwrap_or(Err(EngineError::Ended))
+    }
+
+    /// What has happened so far.
+    pub fn stats(&self) -> &Arc<EngineStats> {
+        &self.stats
     }
 
     /// Turns false when the thread has ended.
@@ -138,37 +238,42 @@ struct Pending {
     job: Job,
     started_at: Option<Instant>,
     next_sub_image: usize,
-    data: Vec<u8>,
+    rows: Rows,
 }
 
-/// Where the rows of a pass go: sub-images `range` of pending job `job`.
-struct Share {
-    job: usize,
-    range: Range<usize>,
-}
-
-struct Worker<B: Backend> {
-    backend: B,
-    model: VisionModel<B>,
-    limits: PassLimits,
-    tokens_per_image: usize,
-    hidden: usize,
-}
-
-impl<B: Backend> Worker<B> {
-    fn load(backend: B, options: EngineOptions) -> Result<Self> {
-        let config = &options.model;
-        let side = config.vision_config.num_patches_per_side();
-        let max_patches = options.max_batch_patches.max(side * side);
-        let limits = PassLimits { max_patches, max_sub_images: (max_patches / 64).clamp(1, 256) };
-        let loader = WeightLoader::new(&backend, &options.weights, &*options.progress);
-        let model = VisionModel::load(&backend, &loader, config, &options.normalization, limits)?;
-        let (tokens_per_image, hidden) = (config.perceiver_config.resampler_n_latents, config.perceiver_config.hidden_size);
-        Ok(Self { model, limits, tokens_per_image, hidden, backend })
+impl Pending {
+    fn new(job: Job) -> Self {
+        Self { job, started_at: None, next_sub_image: 0, rows: Rows::new(0) }
     }
+}
 
+/// Room for a picture's tokens, aligned for every element type.
+struct Rows {
+    words: Vec<u32>,
+    bytes: usize,
+}
+
+impl Rows {
+    fn new(bytes: usize) -> Self {
+        Self { words: vec![0; bytes.div_ceil(4)], bytes }
+    }
+}
+
+impl AsRef<[u8]> for Rows {
+    fn as_ref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.bytes]
+    }
+}
+
+struct Worker<R> {
+    runner: R,
+    shape: TokensShape,
+    stats: Arc<EngineStats>,
+}
+
+impl<R: RunPass> Worker<R> {
     /// Collect, pass, reply: until every handle is gone or the device fails.
-    fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+    fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
         let mut pending = VecDeque::new();
         loop {
             if pending.is_empty() {
@@ -180,114 +285,99 @@ impl<B: Backend> Worker<B> {
             while let Ok(job) = jobs.try_recv() {
                 pending.push_back(Pending::new(job));
             }
-            pending.retain(|p| !p.job.reply.is_closed());
+            self.give_up_abandoned(&mut pending);
             let shares = self.fill(&pending);
-            if shares.is_empty() {
-                continue;
-            }
             if let Err(error) = self.pass(&mut pending, &shares) {
                 tracing::error!(%error, "vision pass failed");
                 let failed = EngineError::Failed(error.to_string());
-                for p in pending.drain(..=shares[shares.len() - 1].job) {
-                    drop(p.job.reply.send(Err(failed.clone())));
+                for p in pending.drain(..shares.len()) {
+                    let Job { picture, _counted, reply, .. } = p.job;
+                    drop((picture, _counted));
+                    drop(reply.send(Err(failed.clone())));
                 }
                 if matches!(error, Error::Device(_)) {
                     return;
                 }
             }
-            while pending.front().is_some_and(|p| p.next_sub_image == p.job.sub_images.len()) {
-                let Some(done) = pending.pop_front() else { break };
+            while let Some(done) = pending.pop_front_if(|p| p.next_sub_image == p.job.picture.sub_images.len()) {
                 self.reply(done);
             }
         }
     }
 
-    /// The sub-images of the next pass: first come, first served, as many as fit.
-    fn fill(&self, pending: &VecDeque<Pending>) -> Vec<Share> {
+    fn give_up_abandoned(&self, pending: &mut VecDeque<Pending>) {
+        let before = pending.len();
+        pending.retain(|p| !p.job.reply.is_closed());
+        self.stats.num_abandoned_images.fetch_add((before - pending.len()) as u64, Ordering::Relaxed);
+    }
+
+    /// The sub-images of the next pass, a range for each of the first pictures: first come, first served, as many as fit. A
+    /// picture is never passed over for a smaller one behind it; what does not fit of it leads the next pass.
+    fn fill(&self, pending: &VecDeque<Pending>) -> Vec<Range<usize>> {
+        let limits = self.runner.limits();
         let (mut shares, mut patches, mut sub_images) = (Vec::new(), 0, 0);
-        for (job, p) in pending.iter().enumerate() {
+        for p in pending {
             let mut end = p.next_sub_image;
-            for grid in &p.job.sub_images[end..] {
+            for grid in &p.job.picture.sub_images[end..] {
                 let more = grid.rows * grid.cols;
                 // A first one that does not fit alone goes in as well, and is refused by the model with a reason.
-                if sub_images > 0 && (patches + more > self.limits.max_patches || sub_images == self.limits.max_sub_images) {
+                if sub_images > 0 && (patches + more > limits.max_patches || sub_images == limits.max_sub_images) {
                     break;
                 }
                 (patches, sub_images, end) = (patches + more, sub_images + 1, end + 1);
             }
             if end > p.next_sub_image {
-                shares.push(Share { job, range: p.next_sub_image..end });
+                shares.push(p.next_sub_image..end);
             }
-            if end < p.job.sub_images.len() {
+            if end < p.job.picture.sub_images.len() {
                 break;
             }
         }
         shares
     }
 
-    fn pass(&mut self, pending: &mut VecDeque<Pending>, shares: &[Share]) -> Result<()> {
-        let started_at = Instant::now();
-        let _span = pending[shares[0].job].job.span.clone().entered();
-        let grids: Vec<&PatchGrid> = shares.iter().flat_map(|s| &pending[s.job].job.sub_images[s.range.clone()]).collect();
-        let rows = self.model.forward(&self.backend, &grids)?;
-        let data = download(&self.backend, rows)?;
-        let sub_image_bytes = self.tokens_per_image * self.hidden * rows.dtype().size();
-        let mut at = 0;
-        for share in shares {
-            let p = &mut pending[share.job];
-            p.started_at.get_or_insert(started_at);
-            p.next_sub_image = share.range.end;
-            let bytes = share.range.len() * sub_image_bytes;
-            p.data.extend_from_slice(&data[at..at + bytes]);
-            at += bytes;
+    fn pass(&mut self, pending: &mut VecDeque<Pending>, shares: &[Range<usize>]) -> Result<()> {
+        if shares.is_empty() {
+            return Ok(());
         }
-        tracing::debug!(sub_images = grids_len(shares), elapsed_ms = started_at.elapsed().as_secs_f64() * 1e3, "vision pass");
+        let started_at = Instant::now();
+        let _span = pending[0].job.span.clone().entered();
+        let (mut grids, mut outputs): (Vec<&PatchGrid>, Vec<&mut [u8]>) = Default::default();
+        for (p, share) in pending.iter_mut().zip(shares) {
+            let sub_images = &p.job.picture.sub_images;
+            if p.started_at.is_none() {
+                p.started_at = Some(started_at);
+                p.rows = Rows::new(sub_images.len() * self.shape.bytes());
+            }
+            grids.extend(&sub_images[share.clone()]);
+            let bytes = share.start * self.shape.bytes()..share.end * self.shape.bytes();
+            outputs.push(&mut bytemuck::cast_slice_mut(&mut p.rows.words)[bytes]);
+        }
+        let sub_images = grids.len();
+        self.runner.run(&grids, &mut outputs)?;
+        for (p, share) in pending.iter_mut().zip(shares) {
+            p.next_sub_image = share.end;
+        }
+        self.stats.num_passes.fetch_add(1, Ordering::Relaxed);
+        self.stats.num_sub_images.fetch_add(sub_images as u64, Ordering::Relaxed);
+        tracing::debug!(sub_images, elapsed_ms = started_at.elapsed().as_secs_f64() * 1e3, "vision pass");
         Ok(())
     }
 
     fn reply(&self, done: Pending) {
-        let started_at = done.started_at.unwrap_or(done.job.queued_at);
+        let Pending { job, started_at, rows, .. } = done;
+        let ended_at = Instant::now();
         let encoded = Encoded {
-            data: done.data.into(),
-            dtype: self.backend.activation_dtype(),
-            tokens: done.job.sub_images.len() * self.tokens_per_image,
-            hidden: self.hidden,
-            queue_ms: (started_at - done.job.queued_at).as_secs_f64() * 1e3,
-            encode_ms: started_at.elapsed().as_secs_f64() * 1e3,
+            data: Bytes::from_owner(rows),
+            dtype: self.shape.dtype,
+            tokens: job.picture.sub_images.len() * self.shape.tokens,
+            hidden: self.shape.hidden,
+            started_at: started_at.unwrap_or(ended_at),
+            ended_at,
         };
-        drop(done.job.reply.send(Ok(encoded)));
-    }
-}
-
-fn grids_len(shares: &[Share]) -> usize {
-    shares.iter().map(|share| share.range.len()).sum()
-}
-
-impl Pending {
-    fn new(job: Job) -> Self {
-        Self { job, started_at: None, next_sub_image: 0, data: Vec::new() }
-    }
-}
-
-/// The window of a tensor as little-endian bytes.
-fn download<B: Backend>(backend: &B, tensor: &Tensor<B>) -> Result<Vec<u8>> {
-    let count = tensor.rows() * tensor.cols();
-    match tensor.dtype() {
-        DType::F32 => {
-            let mut values = vec![0f32; count];
-            backend.download(tensor, &mut values)?;
-            Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
-        }
-        DType::F16 => {
-            let mut values = vec![f16::ZERO; count];
-            backend.download(tensor, &mut values)?;
-            Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
-        }
-        DType::Bf16 => {
-            let mut values = vec![bf16::ZERO; count];
-            backend.download(tensor, &mut values)?;
-            Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
-        }
-        other => Err(Error::shape("download", format!("{other} is not an activation type"))),
+        let Picture { on_encoded, queue_permit, memory_permit, sub_images } = job.picture;
+        on_encoded(&encoded);
+        drop((sub_images, memory_permit, queue_permit, job._counted));
+        drop(job.reply.send(Ok(encoded)));
     }
 }

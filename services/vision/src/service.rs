@@ -2,8 +2,9 @@
 
 use crate::{
     config::Config,
+    encoder::{EncodeError, Encoder},
     engine::{Encoded, Engine, EngineError},
-    preprocess::{self, ImageLimits, PatchGrid, PreprocessOptions},
+    preprocess::{ImageLimits, PreprocessOptions},
     ship::Shipper,
 };
 use bytes::Bytes;
@@ -18,31 +19,25 @@ use idefics_proto::{
     decoder::v1::PutImageTokensRequest,
     tensor::v1 as tensor,
     vision::v1::{
-        EncodeRequest, EncodeResponse, EncodeTimings, GetInfoRequest, GetInfoResponse, SubImage,
+        EncodeRequest, EncodeResponse, GetInfoRequest, GetInfoResponse,
         vision_service_server::{VisionService, VisionServiceServer},
     },
 };
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
-use tokio::sync::Semaphore;
+use std::time::{Duration, Instant};
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument;
 
 /// Full name of the service, for health.
 pub const SERVICE_NAME: &str = "idefics.vision.v1.VisionService";
 
-/// The vision role: preprocessing on blocking threads, the engine behind them.
+/// The vision role: checks, the encoder behind them, and shipping to each caller's decoder.
 pub struct Vision {
-    engine: Engine,
+    encoder: Encoder,
     shipper: Shipper,
-    limits: ImageLimits,
     model: VisionConfig,
     tokens_per_image: u32,
     hidden_size: u32,
     fingerprint: String,
-    preprocess_permits: Arc<Semaphore>,
     ship_timeout: Duration,
     shutdown: Shutdown,
 }
@@ -57,10 +52,6 @@ impl Vision {
         decoder: Option<GrpcChannel>,
         shutdown: Shutdown,
     ) -> Self {
-        let threads = match config.preprocess_threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
         let limits = ImageLimits {
             max_image_bytes: config.max_image_bytes,
             max_pixels: config.max_image_pixels,
@@ -68,14 +59,12 @@ impl Vision {
             ..ImageLimits::default()
         };
         Self {
-            engine,
+            encoder: Encoder::new(config, engine, limits, checkpoint.config.vision_config.patch_size),
             shipper: Shipper::new(config.allowed_decoders.clone(), config.channel.clone(), decoder),
-            limits,
             model: checkpoint.config.vision_config.clone(),
             tokens_per_image: checkpoint.tokens_per_image() as u32,
             hidden_size: checkpoint.config.text_config.hidden_size as u32,
             fingerprint,
-            preprocess_permits: Arc::new(Semaphore::new(threads)),
             ship_timeout: Duration::from_millis(config.ship_timeout_ms),
             shutdown,
         }
@@ -86,12 +75,14 @@ impl Vision {
         VisionServiceServer::new(self).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    fn validate(&self, request: &EncodeRequest) -> Result<PreprocessOptions, Status> {
+    /// The request's key and options.
+    fn validate(&self, request: &EncodeRequest) -> Result<([u8; 32], PreprocessOptions), Status> {
         if request.model_fingerprint != self.fingerprint {
             return Err(status::wrong_fingerprint(&self.fingerprint, &request.model_fingerprint));
         }
         let mut violations = Vec::new();
-        if request.key.len() != 32 {
+        let key = <[u8; 32]>::try_from(&*request.key);
+        if key.is_err() {
             violations.push(Violation::new("key", format!("has {} bytes, expected 32", request.key.len())));
         }
         let options = request.options.unwrap_or_default();
@@ -106,23 +97,11 @@ impl Vision {
         if shortest < patch {
             violations.push(Violation::new("options.shortest_edge", format!("is {shortest}, expected from {patch} to the longest edge")));
         }
-        if !violations.is_empty() {
-            return Err(status::invalid_argument(violations));
-        }
-        Ok(PreprocessOptions { split: options.split, longest_edge: longest, shortest_edge: shortest })
-    }
-
-    async fn preprocess(&self, image: Bytes, options: PreprocessOptions) -> Result<Vec<PatchGrid>, Status> {
-        let permits = Arc::clone(&self.preprocess_permits);
-        let permit = permits.acquire_owned().await.map_err(|_| ended())?;
-        let (patch_size, limits) = (self.model.patch_size, self.limits.clone());
-        let work = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            preprocess::preprocess(&image, &options, patch_size, &limits)
-        });
-        match work.await {
-            Ok(result) => result.map_err(|e| status::invalid_argument(vec![Violation::new("image", e.to_string())])),
-            Err(_) => Err(Status::internal("preprocessing failed unexpectedly; the picture was not encoded")),
+        match key {
+            Ok(key) if violations.is_empty() => {
+                Ok((key, PreprocessOptions { split: options.split, longest_edge: longest, shortest_edge: shortest }))
+            }
+            _ => Err(status::invalid_argument(violations)),
         }
     }
 
@@ -147,25 +126,21 @@ impl Vision {
     }
 
     async fn encode_one(&self, request: EncodeRequest) -> Result<EncodeResponse, Status> {
-        let options = self.validate(&request)?;
-        let started_at = Instant::now();
-        let grids = self.preprocess(request.image, options).await?;
-        let preprocess_ms = started_at.elapsed().as_secs_f64() * 1e3;
-        let sub_images = grids.iter().map(|g| SubImage { width: g.width, height: g.height, patches: (g.rows * g.cols) as u32 }).collect();
-        let encoded = self.engine.encode(grids).await.map_err(engine_status)?;
-        let (queue_ms, encode_ms, tokens) = (encoded.queue_ms, encoded.encode_ms, encoded.tokens as u32);
-        let tensor = to_wire(encoded);
-        let started_at = Instant::now();
+        let (key, options) = self.validate(&request)?;
+        let answer = self.encoder.encode(key, options, request.image).await.map_err(encode_status)?;
+        let (cached, mut timings) = (answer.cached, answer.timings);
+        let (tokens, sub_images) = (answer.encoded.tokens as u32, answer.sub_images.to_vec());
+        let tensor = to_wire(answer.encoded);
         let mut image_tokens = None;
         if request.ship_to.is_empty() {
             image_tokens = Some(tensor);
         } else {
+            let started_at = Instant::now();
             self.ship(&request.ship_to, request.key.clone(), tensor).await?;
+            timings.ship_ms = started_at.elapsed().as_secs_f64() * 1e3;
         }
-        let ship_ms = started_at.elapsed().as_secs_f64() * 1e3;
-        tracing::debug!(preprocess_ms, queue_ms, encode_ms, ship_ms, tokens, "encoded");
-        let timings = Some(EncodeTimings { preprocess_ms, queue_ms, encode_ms, ship_ms });
-        Ok(EncodeResponse { key: request.key, sub_images, tokens, image_tokens, timings })
+        tracing::debug!(cached, ?timings, tokens, "encoded");
+        Ok(EncodeResponse { key: request.key, sub_images, tokens, image_tokens, timings: Some(timings), cached })
     }
 }
 
@@ -181,14 +156,14 @@ impl VisionService for Vision {
     }
 
     async fn get_info(&self, _: Request<GetInfoRequest>) -> Result<Response<GetInfoResponse>, Status> {
-        if !*self.engine.alive().borrow() {
+        if !*self.encoder.engine().alive().borrow() {
             return Err(ended());
         }
         Ok(Response::new(GetInfoResponse {
             model_fingerprint: self.fingerprint.clone(),
             tokens_per_image: self.tokens_per_image,
             hidden_size: self.hidden_size,
-            device: self.engine.device_name().to_owned(),
+            device: self.encoder.engine().device_name().to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }))
     }
@@ -198,10 +173,11 @@ fn ended() -> Status {
     Status::internal(EngineError::Ended.to_string())
 }
 
-fn engine_status(error: EngineError) -> Status {
+fn encode_status(error: EncodeError) -> Status {
     match error {
-        EngineError::QueueFull(_) => status::resource_exhausted(error.to_string(), Duration::from_secs(1)),
-        EngineError::Ended | EngineError::Failed(_) => Status::internal(error.to_string()),
+        EncodeError::Image(what) => status::invalid_argument(vec![Violation::new("image", what)]),
+        EncodeError::Engine(EngineError::QueueFull(_)) => status::resource_exhausted(error.to_string(), Duration::from_secs(1)),
+        EncodeError::Panicked | EncodeError::Engine(_) => Status::internal(error.to_string()),
     }
 }
 

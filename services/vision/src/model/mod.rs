@@ -95,11 +95,11 @@ impl<B: Backend> VisionModel<B> {
     }
 
     /// Image tokens of packed sub-images, `[sub-images * latents, hidden]` in the activation type; stays valid until the next
-    /// pass.
+    /// pass. Its window may be moved.
     ///
     /// # Errors
     /// If the sub-images are more than the limits allow, or the device fails.
-    pub fn forward(&mut self, backend: &B, sub_images: &[&PatchGrid]) -> Result<&Tensor<B>> {
+    pub fn forward(&mut self, backend: &B, sub_images: &[&PatchGrid]) -> Result<&mut Tensor<B>> {
         let max_patches = self.upload(backend, sub_images)?;
         let inputs = &self.inputs;
         let packing = Packing {

@@ -137,7 +137,7 @@ impl<B: Backend> Perceiver<B> {
     }
 
     /// `[P, hidden]` to `[sub-images * latents, hidden]`.
-    pub(super) fn forward(&mut self, backend: &B, context: &Tensor<B>, packing: &Packing<'_, B>) -> Result<&Tensor<B>> {
+    pub(super) fn forward(&mut self, backend: &B, context: &Tensor<B>, packing: &Packing<'_, B>) -> Result<&mut Tensor<B>> {
         let (ws, patches, rows) = (&mut self.workspace, context.rows(), packing.latent_ids.rows());
         for tensor in [&mut ws.latents, &mut ws.normed, &mut ws.latent_kv, &mut ws.q, &mut ws.attention, &mut ws.gate_up, &mut ws.activated]
         {
@@ -151,6 +151,6 @@ impl<B: Backend> Perceiver<B> {
             layer.forward(backend, ws, context, self.shape, self.eps, packing)?;
         }
         backend.rms_norm(&ws.latents, &self.norm, self.eps, &mut ws.normed)?;
-        Ok(&ws.normed)
+        Ok(&mut ws.normed)
     }
 }

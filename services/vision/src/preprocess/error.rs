@@ -2,7 +2,7 @@
 
 use super::ImageFormat;
 
-/// A picture that cannot be served: always the caller's input, never a fault of the service.
+/// A picture that cannot be served: always the caller's doing, never a fault of the service.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PreprocessError {
@@ -17,6 +17,9 @@ pub enum PreprocessError {
         /// Bytes allowed.
         limit: usize,
     },
+    /// Nobody waits for the picture any more.
+    #[error("image is no longer wanted")]
+    Abandoned,
     /// The first bytes are of no format that is served.
     #[error("image starts like no known format; send JPEG, PNG, WebP, GIF, BMP or TIFF")]
     UnknownFormat,

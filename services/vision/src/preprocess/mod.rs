@@ -82,16 +82,33 @@ pub fn preprocess(
     patch_size: usize,
     limits: &ImageLimits,
 ) -> Result<Vec<PatchGrid>, PreprocessError> {
+    preprocess_while(|| true, bytes, options, patch_size, limits)
+}
+
+/// [`preprocess`] for as long as `wanted` says so: it is asked before the picture is decoded and before each grid is made.
+///
+/// # Errors
+/// Those of [`preprocess`], and [`PreprocessError::Abandoned`].
+pub fn preprocess_while(
+    wanted: impl Fn() -> bool + Sync,
+    bytes: &[u8],
+    options: &PreprocessOptions,
+    patch_size: usize,
+    limits: &ImageLimits,
+) -> Result<Vec<PatchGrid>, PreprocessError> {
+    let still_wanted = || wanted().then_some(()).ok_or(PreprocessError::Abandoned);
+    still_wanted()?;
     check_edges(options, patch_size, limits)?;
     let picture = decode(bytes, limits)?;
     let views = if options.split { split(picture.view()) } else { vec![picture.view()] };
-    Ok(views
+    views
         .into_par_iter()
         .map(|view| {
+            still_wanted()?;
             let (width, height) = output_size(view.width(), view.height(), options);
-            cut_patches(&resize_bilinear(view, width, height), patch_size)
+            Ok(cut_patches(&resize_bilinear(view, width, height), patch_size))
         })
-        .collect())
+        .collect()
 }
 
 /// Each edge of every grid lies between `shortest_edge` and the larger of the two options, so two comparisons bound all that follows.
