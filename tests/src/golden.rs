@@ -88,6 +88,24 @@ pub fn demo_cases() -> Vec<DemoCase> {
     read::<File>("demo/cases.json").cases
 }
 
+/// A greedy answer of the demo checkpoint under penalties, bias or stop ids.
+#[derive(Debug, Deserialize)]
+pub struct SamplingCase {
+    /// Index into [`demo_cases`], whose messages it has.
+    pub case: usize,
+    /// Flags of `ask`.
+    pub flags: Vec<String>,
+    /// The answer.
+    pub token_ids: Vec<u32>,
+    /// `stop` or `length`.
+    pub finish_reason: String,
+}
+
+/// The cases of `demo/sampling.json`.
+pub fn sampling_cases() -> Vec<SamplingCase> {
+    read("demo/sampling.json")
+}
+
 /// A case of the random checkpoint: a conversation or a raw prompt.
 #[derive(Clone, Debug, Deserialize)]
 pub struct RandomCase {

@@ -40,6 +40,23 @@ fn demo_answers_equal_the_reference() {
 }
 
 #[test]
+fn penalised_demo_answers_equal_the_reference() {
+    let server = IDEFICS.serve(None);
+    let folder = tempfile::tempdir().unwrap();
+    let sources = golden::demo_cases();
+    for (index, case) in golden::sampling_cases().iter().enumerate() {
+        let messages = folder.path().join(format!("{index}.json"));
+        golden::write_messages(&sources[case.case].messages, &messages, golden::demo_picture);
+        let mut args = args(&["--endpoint", &server.endpoint(), "--no-split", "--messages"]);
+        args.push(messages.into());
+        args.extend(case.flags.iter().map(Into::into));
+        let answer = IDEFICS.ask(args);
+        assert_eq!(answer.token_ids, case.token_ids, "{:?}: {:?}", case.flags, answer.text);
+        assert_eq!(answer.finish_reason, case.finish_reason, "{:?}", case.flags);
+    }
+}
+
+#[test]
 fn demo_image_tokens_equal_the_reference() {
     let server = IDEFICS.serve(None);
     check_encodes(&server, "demo", 16, |name| golden::demo_picture(name).into());

@@ -4,7 +4,7 @@ use crate::{
     config::Config,
     metrics::{EngineMetrics, Levels},
     model_runner::{CacheSize, ModelRunner},
-    sampler::Sampler,
+    sampler::{Sampler, Scratch},
     scheduler::{Scheduled, Scheduler},
     sequence::{Event, Request, Sequence},
 };
@@ -96,7 +96,7 @@ impl Engine {
     /// has ended, the receiver is closed.
     pub fn submit(&self, request: Request, span: Span) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
-        let sampler = Sampler::new(request.sampling);
+        let sampler = Sampler::new(request.sampling.clone(), &request.token_ids);
         self.stats.num_sequences.fetch_add(1, Ordering::Relaxed);
         drop(self.submissions.send(Sequence::new(request, sampler, events, span)));
         receiver
@@ -138,6 +138,7 @@ struct Worker<B: Backend> {
     stop_token_ids: Vec<u32>,
     banned_token_ids: Vec<u32>,
     vocab_size: usize,
+    scratch: Scratch,
     stats: Arc<EngineStats>,
     metrics: EngineMetrics,
 }
@@ -157,6 +158,7 @@ impl<B: Backend> Worker<B> {
             stop_token_ids,
             banned_token_ids,
             vocab_size: model.text_config.vocab_size,
+            scratch: Scratch::default(),
             metrics: EngineMetrics::new(),
             stats,
         })
@@ -214,12 +216,13 @@ impl<B: Backend> Worker<B> {
                 self.metrics.first_token(sequence);
             }
             for (place, logits) in logits.chunks_exact(self.vocab_size).enumerate() {
-                let Some((token_id, logprobs)) = sequence.sampler.sample(logits, &self.banned_token_ids) else {
+                let (banned, stop) = (&self.banned_token_ids, &self.stop_token_ids);
+                let Some((token_id, logprobs)) = sequence.sampler.sample(logits, banned, stop, &mut self.scratch) else {
                     drop(sequence.events.send(Event::Failed("the model's logits are not finite".into())));
                     finished.push(i);
                     break;
                 };
-                if sequence.push(token_id, logprobs, &self.stop_token_ids).is_some() {
+                if sequence.push(token_id, logprobs, stop).is_some() {
                     finished.push(i);
                     break;
                 }

@@ -252,10 +252,10 @@ mod tests {
 
     fn sequence(token_ids: Vec<u32>, max_new_tokens: usize) -> (Sequence, UnboundedReceiver<Event>) {
         let (events, receiver) = unbounded_channel();
-        let sampling = SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, logprobs: None };
+        let (sampling, sampler) = (SamplingParams::GREEDY, Sampler::new(SamplingParams::GREEDY, &token_ids));
         let cache_root = BlockHash::root(&[]);
         let request = Request { request_id: String::new(), token_ids, image_spans: vec![], max_new_tokens, sampling, cache_root };
-        (Sequence::new(request, Sampler::new(sampling), events, tracing::Span::none()), receiver)
+        (Sequence::new(request, sampler, events, tracing::Span::none()), receiver)
     }
 
     /// A sequence whose prompt no other has.
@@ -269,7 +269,7 @@ mod tests {
         for part in step {
             let sequence = &mut scheduler.running()[part.sequence];
             // Guesses are right every other time.
-            let right = if sequence.token_ids.len() % 2 == 0 { part.num_drafts } else { 0 };
+            let right = if sequence.token_ids.len().is_multiple_of(2) { part.num_drafts } else { 0 };
             let ends_at_last = sequence.num_pending() + part.num_drafts == part.num_tokens;
             for _ in 0..if ends_at_last { 1 + right } else { 0 } {
                 if sequence.push(7, None, &[]).is_some() {

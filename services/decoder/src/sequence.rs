@@ -9,19 +9,57 @@ use std::{ops::Range, sync::Arc, time::Instant};
 use tokio::sync::mpsc;
 use tracing::Span;
 
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// How the next token is chosen and what ends generation.
+#[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// 0 picks the most likely token.
+    /// 0 picks the most likely token, and what follows up to `typical_p` does nothing.
     pub temperature: f32,
-    /// Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
-    pub top_p: f32,
     /// Most likely tokens to choose from; 0 keeps all.
     pub top_k: u32,
+    /// Smallest set of tokens whose probabilities reach this sum; 1 keeps all.
+    pub top_p: f32,
+    /// Tokens at least this likely, relative to the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// Most typical tokens whose probabilities reach this sum; 1 keeps all.
+    pub typical_p: f32,
+    /// Divides (or, below 0, multiplies) the logits of tokens in the prompt or the answer; 1 does nothing.
+    pub repetition_penalty: f32,
+    /// Is subtracted from the logits of tokens in the answer.
+    pub presence_penalty: f32,
+    /// Is subtracted from the logit of a token for each time that it is in the answer.
+    pub frequency_penalty: f32,
+    /// Is added to the logits of these ids, each named once.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Makes sampling repeatable.
     pub seed: u64,
+    /// Ids that end generation, besides the checkpoint's.
+    pub stop_token_ids: Vec<u32>,
+    /// No id that ends generation is chosen before as many tokens were.
+    pub min_new_tokens: u32,
+    /// The checkpoint's own stop ids do not end generation.
+    pub ignore_eos: bool,
     /// Log-probabilities of the generated token and of this many most likely ones.
     pub logprobs: Option<u32>,
+}
+
+impl SamplingParams {
+    /// The most likely token, always.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        typical_p: 1.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        logit_bias: Vec::new(),
+        seed: 0,
+        stop_token_ids: Vec::new(),
+        min_new_tokens: 0,
+        ignore_eos: false,
+        logprobs: None,
+    };
 }
 
 /// A stretch of the prompt that takes rows of an image instead of embeddings.
@@ -214,13 +252,13 @@ impl Sequence {
         self.started_at.get_or_insert_with(Instant::now);
     }
 
-    /// Appends a generated token and reports it; returns why generation ends, if it does.
+    /// Appends a generated token and reports it; returns why generation ends, if it does. `stop_token_ids` are the checkpoint's.
     pub fn push(&mut self, token_id: u32, logprobs: Option<Logprobs>, stop_token_ids: &[u32]) -> Option<FinishReason> {
         let cached_tokens = if self.first_token_at.is_none() { self.cached_tokens } else { None };
         self.first_token_at.get_or_insert_with(Instant::now);
         self.token_ids.push(token_id);
         drop(self.events.send(Event::Token { token_id, logprobs, cached_tokens }));
-        let reason = if stop_token_ids.contains(&token_id) {
+        let reason = if self.sampler.ends_at(token_id, stop_token_ids) {
             FinishReason::Stop
         } else if self.token_ids.len() == self.max_len() {
             FinishReason::Length

@@ -23,6 +23,7 @@ use idefics_proto::{
     tensor::v1 as tensor,
 };
 use std::{
+    fmt::Display,
     pin::Pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -35,6 +36,11 @@ use tonic::{Request, Response, Status};
 pub const SERVICE_NAME: &str = "idefics.decoder.v1.DecoderService";
 /// Most log-probabilities per position.
 const MAX_LOGPROBS: u32 = 20;
+/// Most ids with a bias, and the largest bias either way.
+const MAX_LOGIT_BIASES: usize = 1024;
+const MAX_LOGIT_BIAS: f32 = 100.0;
+/// Most stop ids of a request's own.
+const MAX_STOP_TOKEN_IDS: usize = 16;
 /// Longest cache salt.
 const MAX_CACHE_SALT_BYTES: usize = 256;
 /// When to try again after a refusal: about the time of a short answer.
@@ -214,7 +220,7 @@ impl DecoderService for Decoder {
         let request = request.into_inner();
         self.check_alive()?;
         self.check_length(request.token_ids.len(), request.max_new_tokens as usize)?;
-        let sampling = sampling_params(request.sampling.unwrap_or_default());
+        let sampling = sampling_params(request.sampling.clone().unwrap_or_default(), self.vocab_size, request.max_new_tokens);
         let (sampling, keys) = match (sampling, self.check_prompt(&request)) {
             (Ok(sampling), Ok(keys)) => (sampling, keys),
             (a, b) => return Err(status::invalid_argument(a.err().into_iter().chain(b.err()).flatten().collect())),
@@ -314,19 +320,55 @@ fn from_wire(wire: tensor::Tensor, tokens_per_image: usize, hidden_size: usize) 
     }
 }
 
-fn sampling_params(wire: pb::SamplingParams) -> Result<SamplingParams, Vec<Violation>> {
+fn sampling_params(wire: pb::SamplingParams, vocab_size: usize, max_new_tokens: u32) -> Result<SamplingParams, Vec<Violation>> {
     let mut violations = Vec::new();
-    let mut expect = |right: bool, field: &str, found: String, expected: &str| {
+    let mut expect = |right: bool, field: &str, found: &dyn Display, expected: &str| {
         if !right {
             violations.push(Violation::new(format!("sampling.{field}"), format!("is {found}, expected {expected}")));
         }
     };
-    expect((0.0..=2.0).contains(&wire.temperature), "temperature", wire.temperature.to_string(), "from 0 to 2");
-    expect(wire.top_p > 0.0 && wire.top_p <= 1.0, "top_p", wire.top_p.to_string(), "above 0, up to 1");
-    expect(wire.logprobs.is_none_or(|n| n <= MAX_LOGPROBS), "logprobs", format!("{:?}", wire.logprobs), "from 0 to 20");
+    let above_0 = |value: f32| value > 0.0 && value <= 1.0;
+    let penalty = |value: &f32| (-2.0..=2.0).contains(value);
+    expect((0.0..=2.0).contains(&wire.temperature), "temperature", &wire.temperature, "from 0 to 2");
+    expect(above_0(wire.top_p), "top_p", &wire.top_p, "above 0, up to 1");
+    expect((0.0..=1.0).contains(&wire.min_p), "min_p", &wire.min_p, "from 0 to 1");
+    expect(above_0(wire.typical_p), "typical_p", &wire.typical_p, "above 0, up to 1");
+    expect((0.01..=100.0).contains(&wire.repetition_penalty), "repetition_penalty", &wire.repetition_penalty, "from 0.01 to 100");
+    expect(penalty(&wire.presence_penalty), "presence_penalty", &wire.presence_penalty, "from -2 to 2");
+    expect(penalty(&wire.frequency_penalty), "frequency_penalty", &wire.frequency_penalty, "from -2 to 2");
+    expect(wire.logprobs.is_none_or(|n| n <= MAX_LOGPROBS), "logprobs", &wire.logprobs.unwrap_or_default(), "from 0 to 20");
+    let most = format!("at most max_new_tokens, {max_new_tokens}");
+    expect(wire.min_new_tokens <= max_new_tokens, "min_new_tokens", &wire.min_new_tokens, &most);
+    let in_vocabulary = format!("ids below the vocabulary's size, {vocab_size}");
+    let mut logit_bias: Vec<(u32, f32)> = wire.logit_bias.into_iter().collect();
+    logit_bias.sort_unstable_by_key(|(id, _)| *id);
+    expect(logit_bias.len() <= MAX_LOGIT_BIASES, "logit_bias", &format!("{} ids", logit_bias.len()), "at most 1024");
+    for (id, bias) in logit_bias.iter().take(MAX_LOGIT_BIASES) {
+        let field = format!("logit_bias[{id}]");
+        expect((*id as usize) < vocab_size, &field, id, &in_vocabulary);
+        expect(bias.abs() <= MAX_LOGIT_BIAS, &field, bias, "from -100 to 100");
+    }
+    expect(wire.stop_token_ids.len() <= MAX_STOP_TOKEN_IDS, "stop_token_ids", &format!("{} ids", wire.stop_token_ids.len()), "at most 16");
+    for (i, id) in wire.stop_token_ids.iter().enumerate().take(MAX_STOP_TOKEN_IDS) {
+        expect((*id as usize) < vocab_size, &format!("stop_token_ids[{i}]"), id, &in_vocabulary);
+    }
     if !violations.is_empty() {
         return Err(violations);
     }
-    let seed = wire.seed.unwrap_or_else(rand::random);
-    Ok(SamplingParams { temperature: wire.temperature, top_p: wire.top_p, top_k: wire.top_k, seed, logprobs: wire.logprobs })
+    Ok(SamplingParams {
+        temperature: wire.temperature,
+        top_k: wire.top_k,
+        top_p: wire.top_p,
+        min_p: wire.min_p,
+        typical_p: wire.typical_p,
+        repetition_penalty: wire.repetition_penalty,
+        presence_penalty: wire.presence_penalty,
+        frequency_penalty: wire.frequency_penalty,
+        logit_bias,
+        seed: wire.seed.unwrap_or_else(rand::random),
+        stop_token_ids: wire.stop_token_ids,
+        min_new_tokens: wire.min_new_tokens,
+        ignore_eos: wire.ignore_eos,
+        logprobs: wire.logprobs,
+    })
 }

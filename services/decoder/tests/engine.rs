@@ -20,7 +20,7 @@ use std::sync::{Arc, atomic::Ordering};
 use tempfile::TempDir;
 use tracing::Span;
 
-const GREEDY: SamplingParams = SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, logprobs: None };
+const GREEDY: SamplingParams = SamplingParams::GREEDY;
 
 fn engine(config: Config) -> (TempDir, Engine) {
     let (folder, checkpoint) = checkpoint();
@@ -69,9 +69,27 @@ fn request(rng: &mut ChaCha8Rng, with_image: bool, sampling: SamplingParams) -> 
     Request { image_spans, max_new_tokens: rng.random_range(1..20), sampling, ..text(token_ids, 1) }
 }
 
+/// Every option that looks at what was generated, and every cut.
+fn everything(temperature: f32) -> SamplingParams {
+    SamplingParams {
+        temperature,
+        top_k: 20,
+        top_p: 0.95,
+        min_p: 0.01,
+        typical_p: 0.9,
+        repetition_penalty: 1.1,
+        presence_penalty: 0.2,
+        frequency_penalty: 0.3,
+        logit_bias: vec![(IMAGE, 100.0), (5, 1.0)],
+        stop_token_ids: vec![9],
+        min_new_tokens: 12,
+        ..GREEDY
+    }
+}
+
 fn requests(sampling: SamplingParams) -> Vec<Request> {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    (0..12).map(|i| request(&mut rng, i % 2 == 0, SamplingParams { seed: i, ..sampling })).collect()
+    (0..12).map(|i| request(&mut rng, i % 2 == 0, SamplingParams { seed: i, ..sampling.clone() })).collect()
 }
 
 async fn collect(mut events: tokio::sync::mpsc::UnboundedReceiver<Event>) -> (Vec<u32>, FinishReason) {
@@ -116,8 +134,32 @@ async fn chunks_and_batches_give_each_request_what_it_gets_alone() {
 
 #[tokio::test]
 async fn seeded_sampling_does_not_depend_on_the_batch() {
-    let hot = SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY };
-    assert_eq!(together(hot).await, alone(hot).await);
+    for sampling in [SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY }, everything(1.0), everything(0.0)] {
+        assert_eq!(together(sampling.clone()).await, alone(sampling).await);
+    }
+}
+
+#[tokio::test]
+async fn stop_ids_and_minimum_are_per_request() {
+    let (_folder, engine) = engine(large());
+    let answer = async |sampling: SamplingParams| {
+        let request = Request { sampling, ..text(vec![5, 6, 7], 12) };
+        collect(engine.submit(request, Span::none())).await
+    };
+    let (plain, reason) = answer(GREEDY).await;
+    assert_eq!((plain.len(), reason), (12, FinishReason::Length), "the prompt must not end by itself");
+    let stop_token_ids = vec![plain[0]];
+    assert_eq!(
+        answer(SamplingParams { stop_token_ids: stop_token_ids.clone(), ..GREEDY }).await,
+        (plain[..1].to_vec(), FinishReason::Stop)
+    );
+    let (held_back, _) = answer(SamplingParams { stop_token_ids, min_new_tokens: 3, ..GREEDY }).await;
+    assert!(held_back.len() > 3 && !held_back[..3].contains(&plain[0]), "{held_back:?}");
+    // A bias towards the checkpoint's own stop id ends the answer, unless it is to be ignored.
+    let eos = checkpoint().1.stop_token_ids()[0];
+    let biased = SamplingParams { logit_bias: vec![(eos, 100.0)], ..GREEDY };
+    assert_eq!(answer(biased.clone()).await, (vec![eos], FinishReason::Stop));
+    assert_eq!(answer(SamplingParams { ignore_eos: true, ..biased }).await, (vec![eos; 12], FinishReason::Length));
 }
 
 #[tokio::test]
@@ -156,10 +198,10 @@ async fn dropped_stream_frees_blocks() {
 
 #[tokio::test]
 async fn prompt_lookup_changes_no_answer() {
-    for sampling in [GREEDY, SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY }] {
+    for sampling in [GREEDY, SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY }, everything(1.0), everything(0.0)] {
         let (_folder, engine) = engine(Config { prompt_lookup_tokens: 3, ..large() });
         let mut answers = Vec::new();
-        for request in requests(sampling) {
+        for request in requests(sampling.clone()) {
             answers.push(collect(engine.submit(request, Span::none())).await);
         }
         assert_eq!(answers, alone(sampling).await);

@@ -58,13 +58,17 @@ fn put(key: [u8; 32], rows: usize, value: f32) -> PutImageTokensRequest {
     PutImageTokensRequest { key: key.to_vec().into(), model_fingerprint: FINGERPRINT.into(), image_tokens: Some(tensor) }
 }
 
+fn greedy() -> SamplingParams {
+    SamplingParams { top_p: 1.0, typical_p: 1.0, repetition_penalty: 1.0, ..SamplingParams::default() }
+}
+
 fn generate(request_id: &str, key: [u8; 32]) -> GenerateRequest {
     GenerateRequest {
         request_id: request_id.into(),
         token_ids: [vec![5], vec![IMAGE; LATENTS], vec![6]].concat(),
         image_spans: vec![ImageSpan { key: key.to_vec().into(), sub_image: 0, start: 1 }],
         max_new_tokens: 5,
-        sampling: Some(SamplingParams { top_p: 1.0, logprobs: Some(2), ..SamplingParams::default() }),
+        sampling: Some(SamplingParams { logprobs: Some(2), ..greedy() }),
         cache_salt: Default::default(),
     }
 }
@@ -134,12 +138,40 @@ async fn bad_prompts_are_refused_with_every_violation() {
     request.token_ids.push(VOCAB as u32);
     request.token_ids.push(IMAGE);
     request.image_spans[0].start = 2;
-    request.sampling = Some(SamplingParams { temperature: f32::NAN, top_p: 0.0, logprobs: Some(21), ..SamplingParams::default() });
+    request.sampling = Some(SamplingParams {
+        temperature: f32::NAN,
+        top_p: 0.0,
+        min_p: 1.1,
+        presence_penalty: 2.1,
+        frequency_penalty: f32::NAN,
+        logprobs: Some(21),
+        min_new_tokens: 6,
+        logit_bias: [(5, 100.5), (6, -100.0), (VOCAB as u32, f32::NAN)].into(),
+        stop_token_ids: vec![VOCAB as u32 - 1, VOCAB as u32],
+        ..SamplingParams::default()
+    });
     let status = client.generate(request).await.unwrap_err();
     let violations = status::field_violations(&status);
     let mut fields: Vec<&str> = violations.keys().map(String::as_str).collect();
     fields.sort_unstable();
-    let expected = ["image_spans[0].start", "sampling.logprobs", "sampling.temperature", "sampling.top_p", "token_ids", "token_ids[6]"];
+    let past_the_vocabulary = format!("sampling.logit_bias[{VOCAB}]");
+    let expected = [
+        "image_spans[0].start",
+        "sampling.frequency_penalty",
+        past_the_vocabulary.as_str(),
+        "sampling.logit_bias[5]",
+        "sampling.logprobs",
+        "sampling.min_new_tokens",
+        "sampling.min_p",
+        "sampling.presence_penalty",
+        "sampling.repetition_penalty",
+        "sampling.stop_token_ids[1]",
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.typical_p",
+        "token_ids",
+        "token_ids[6]",
+    ];
     assert_eq!(fields, expected);
 
     let mut request = generate("a", key);

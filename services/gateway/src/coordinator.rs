@@ -244,7 +244,7 @@ impl Coordinator {
 
     /// Starts generation; the stream's first event is there.
     async fn open(&self, job: &Job, decoder: &Arc<Decoder>, max_new_tokens: u32) -> Result<Stream, Failure> {
-        let Sampling { temperature, top_p, top_k, seed, logprobs, .. } = job.sampling;
+        let params = job.sampling.params.clone();
         let span = |span: &crate::prompt::ImageSpan| {
             let key = job.media.order.get(span.image).and_then(|index| job.media.images.get(*index)).map(|image| image.key.to_wire());
             decoder::ImageSpan { key: key.unwrap_or_default(), sub_image: span.sub_image, start: span.start }
@@ -254,7 +254,8 @@ impl Coordinator {
             token_ids: job.prompt.token_ids.clone(),
             image_spans: job.prompt.image_spans.iter().map(span).collect(),
             max_new_tokens,
-            sampling: Some(decoder::SamplingParams { temperature, top_p, top_k, seed, logprobs }),
+            // What the context leaves may be less than the caller's minimum.
+            sampling: Some(decoder::SamplingParams { min_new_tokens: params.min_new_tokens.min(max_new_tokens), ..params }),
             cache_salt: job.cache_salt.clone(),
         };
         let mut client = decoder.client.clone();

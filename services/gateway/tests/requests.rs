@@ -5,7 +5,7 @@ mod support;
 use idefics_common::status::field_violations;
 use idefics_gateway::GatewayConfig;
 use idefics_proto::{
-    decoder::v1::FinishReason,
+    decoder::v1::{FinishReason, SamplingParams},
     gateway::v1::{self as pb, generation_event::Event},
 };
 use std::time::Duration;
@@ -242,6 +242,51 @@ async fn log_probabilities_come_with_their_tokens() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn every_sampling_option_reaches_the_decoder() {
+    let mut world = World::new().await;
+    let options = pb::SamplingOptions {
+        max_new_tokens: Some(100_000),
+        temperature: Some(0.5),
+        top_p: Some(0.9),
+        top_k: Some(3),
+        seed: Some(7),
+        stop: vec!["zzz".into()],
+        logprobs: Some(2),
+        min_p: Some(0.1),
+        typical_p: Some(0.8),
+        repetition_penalty: Some(1.2),
+        presence_penalty: Some(0.3),
+        frequency_penalty: Some(-0.4),
+        logit_bias: [(5, -1.5), (6, 2.5)].into(),
+        stop_token_ids: vec![8, 9],
+        min_new_tokens: Some(100_000),
+        ignore_eos: true,
+    };
+    ask(&world, pb::ChatRequest { sampling: Some(options), ..chat(vec![text("?")]) }).await;
+    world.asked().await;
+    let Asked::Generate { request, .. } = world.asked().await else { panic!() };
+    let expected = SamplingParams {
+        temperature: 0.5,
+        top_p: 0.9,
+        top_k: 3,
+        seed: Some(7),
+        logprobs: Some(2),
+        min_p: 0.1,
+        typical_p: 0.8,
+        repetition_penalty: 1.2,
+        presence_penalty: 0.3,
+        frequency_penalty: -0.4,
+        logit_bias: [(5, -1.5), (6, 2.5)].into(),
+        stop_token_ids: vec![8, 9],
+        // As many as the context leaves.
+        min_new_tokens: request.max_new_tokens,
+        ignore_eos: true,
+    };
+    assert!(request.max_new_tokens < 100_000);
+    assert_eq!(request.sampling, Some(expected));
+}
+
+#[tokio::test(start_paused = true)]
 async fn caller_that_goes_away_while_encoding_releases_the_reservation() {
     let mut world = World::new().await;
     *world.visions[0].encoding.lock().unwrap() = Encoding::Never;
@@ -335,6 +380,8 @@ async fn every_problem_of_a_request_is_named() {
             top_p: Some(0.0),
             stop: vec![String::new()],
             logprobs: Some(21),
+            logit_bias: [(7, 101.0)].into(),
+            stop_token_ids: vec![1, u32::MAX],
             ..Default::default()
         }),
         return_prompt_token_ids: false,
@@ -353,9 +400,11 @@ async fn every_problem_of_a_request_is_named() {
         "messages[0].role",
         "messages[1].content",
         "messages[1].role",
+        "sampling.logit_bias[7]",
         "sampling.logprobs",
         "sampling.max_new_tokens",
         "sampling.stop[0]",
+        "sampling.stop_token_ids[1]",
         "sampling.temperature",
         "sampling.top_p",
     ];

@@ -97,6 +97,15 @@ fn request(args: &AskArgs) -> Result<Request> {
         seed: args.seed,
         stop: args.stop.clone(),
         logprobs: args.logprobs,
+        min_p: args.min_p,
+        typical_p: args.typical_p,
+        repetition_penalty: args.repetition_penalty,
+        presence_penalty: args.presence_penalty,
+        frequency_penalty: args.frequency_penalty,
+        logit_bias: args.logit_bias.iter().copied().collect(),
+        stop_token_ids: args.stop_token_ids.clone(),
+        min_new_tokens: args.min_new_tokens,
+        ignore_eos: args.ignore_eos,
     });
     let image_options = Some(image_options(&args.image_options));
     let images = args.images.iter().map(|path| read_image(path)).collect::<Result<Vec<_>>>()?;

@@ -88,12 +88,39 @@ pub(crate) struct AskArgs {
     /// Sample from the K most likely tokens; 0 means all [default: 0]
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<u32>,
+    /// Sample from tokens at least this likely, relative to the most likely one [default: 0]
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+    /// Sample from the most typical tokens that reach this probability [default: 1]
+    #[arg(long, value_name = "P")]
+    pub(crate) typical_p: Option<f32>,
+    /// Divide the logits of tokens in prompt and answer, or multiply those below 0 [default: 1]
+    #[arg(long, value_name = "R")]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Subtract this from the logits of tokens in the answer [default: 0]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// Subtract this from the logit of a token for each time that it is in the answer [default: 0]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// Add V to the logit of token ID; may be repeated
+    #[arg(long, value_name = "ID=V", value_parser = parse_logit_bias)]
+    pub(crate) logit_bias: Vec<(u32, f32)>,
     /// Make sampling repeatable
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
     /// End before this text; may be repeated
     #[arg(long, value_name = "STR")]
     pub(crate) stop: Vec<String>,
+    /// End after this token id too; may be repeated
+    #[arg(long = "stop-token-id", value_name = "ID")]
+    pub(crate) stop_token_ids: Vec<u32>,
+    /// Do not end before N tokens, but for a stop text [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) min_new_tokens: Option<u32>,
+    /// Go on when the model would end its turn
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
     /// Report log-probabilities of each token and of the N most likely ones
     #[arg(long, value_name = "N", requires = "json")]
     pub(crate) logprobs: Option<u32>,
@@ -176,6 +203,11 @@ impl ImageArgs {
     }
 }
 
+fn parse_logit_bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text.split_once('=').and_then(|(id, bias)| Some((id.trim().parse().ok()?, bias.trim().parse().ok()?)));
+    parsed.ok_or_else(|| "expected a token id and a number, as in 42=-1.5".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,6 +216,17 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sampling_options_take_negative_numbers_and_pairs() {
+        let parse = |args: &[&str]| Cli::try_parse_from([&["idefics", "ask", "x"], args].concat());
+        let parsed = parse(&["--presence-penalty", "-0.5", "--logit-bias", "5=-3", "--logit-bias=7=2.5", "--stop-token-id", "9"]);
+        let Command::Ask(args) = parsed.unwrap().command else { unreachable!("the command is ask") };
+        assert_eq!((args.presence_penalty, args.logit_bias, args.stop_token_ids), (Some(-0.5), vec![(5, -3.0), (7, 2.5)], vec![9]));
+        for bad in ["5", "5=", "=1", "-1=2", "5=x"] {
+            assert!(parse(&[&format!("--logit-bias={bad}")]).unwrap_err().to_string().contains("as in 42=-1.5"), "{bad}");
+        }
     }
 
     #[test]

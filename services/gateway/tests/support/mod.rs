@@ -267,7 +267,7 @@ impl VisionService for FakeVision {
         }
         let timings = Some(vision::EncodeTimings { preprocess_ms: 4.0, queue_ms: 5.0, encode_ms: 6.0, ship_ms: 7.0 });
         let sub_images = vec![vision::SubImage::default(); sub_images];
-        Ok(Response::new(vision::EncodeResponse { key: request.key, sub_images, tokens, image_tokens, timings }))
+        Ok(Response::new(vision::EncodeResponse { key: request.key, sub_images, tokens, image_tokens, timings, cached: false }))
     }
 
     async fn get_info(&self, _: Request<vision::GetInfoRequest>) -> Result<Response<vision::GetInfoResponse>, Status> {

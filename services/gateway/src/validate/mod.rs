@@ -1,5 +1,9 @@
 //! Requests from the wire to values that make sense, or everything that is wrong with them.
 
+mod sampling;
+
+pub(crate) use sampling::Sampling;
+
 use crate::{config::GatewayConfig, prompt::SPLIT_SUB_IMAGES};
 use bytes::Bytes;
 use idefics_common::{
@@ -61,18 +65,6 @@ impl ImageOptions {
     }
 }
 
-/// How to choose tokens and when to stop, defaults filled in.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Sampling {
-    pub(crate) max_new_tokens: u32,
-    pub(crate) temperature: f32,
-    pub(crate) top_p: f32,
-    pub(crate) top_k: u32,
-    pub(crate) seed: Option<u64>,
-    pub(crate) stop: Vec<String>,
-    pub(crate) logprobs: Option<u32>,
-}
-
 /// A `ChatRequest`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ValidChat {
@@ -126,6 +118,7 @@ pub(crate) struct Limits {
     max_stop_texts: usize,
     max_stop_bytes: usize,
     default_max_new_tokens: u32,
+    vocab_size: u32,
     /// The checkpoint's own image options.
     pub(crate) default_image_options: ImageOptions,
     /// Edge of a patch and of the vision tower's largest picture, in pixels.
@@ -135,8 +128,6 @@ pub(crate) struct Limits {
 
 /// Most violations that an answer carries; clients take no more than some kilobytes of status.
 const MAX_VIOLATIONS: usize = 16;
-const MAX_TEMPERATURE: f32 = 2.0;
-const MAX_LOGPROBS: u32 = 20;
 const MAX_CACHE_SALT_BYTES: usize = 256;
 
 impl Limits {
@@ -150,6 +141,7 @@ impl Limits {
             max_stop_texts: config.max_stop_texts,
             max_stop_bytes: config.max_stop_bytes,
             default_max_new_tokens: config.default_max_new_tokens,
+            vocab_size: checkpoint.config.text_config.vocab_size as u32,
             default_image_options: ImageOptions { split: checkpoint.preprocessor.do_image_splitting, longest_edge, shortest_edge },
             patch_size: checkpoint.config.vision_config.patch_size as u32,
             image_size: checkpoint.config.vision_config.image_size as u32,
@@ -353,43 +345,6 @@ impl<'a> Check<'a> {
         }
         salt
     }
-
-    fn sampling(&mut self, options: pb::SamplingOptions) -> Sampling {
-        if options.max_new_tokens == Some(0) {
-            self.refuse("sampling.max_new_tokens", "is 0, expected 1 or more");
-        }
-        let temperature = options.temperature.unwrap_or(0.0);
-        if !(0.0..=MAX_TEMPERATURE).contains(&temperature) {
-            self.refuse("sampling.temperature", format!("is {temperature}, expected from 0 to {MAX_TEMPERATURE}"));
-        }
-        let top_p = options.top_p.unwrap_or(1.0);
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            self.refuse("sampling.top_p", format!("is {top_p}, expected above 0 and up to 1"));
-        }
-        if let Some(logprobs) = options.logprobs.filter(|n| *n > MAX_LOGPROBS) {
-            self.refuse("sampling.logprobs", format!("is {logprobs}, expected from 0 to {MAX_LOGPROBS}"));
-        }
-        let Limits { max_stop_texts, max_stop_bytes, .. } = *self.limits;
-        if options.stop.len() > max_stop_texts {
-            let what = format!("has {} texts, limit is {max_stop_texts}; send fewer or raise gateway.max_stop_texts", options.stop.len());
-            self.refuse("sampling.stop", what);
-        }
-        for (i, stop) in options.stop.iter().enumerate().take(max_stop_texts) {
-            if !(1..=max_stop_bytes).contains(&stop.len()) {
-                self.refuse(format!("sampling.stop[{i}]"), format!("is {} bytes, expected from 1 to {max_stop_bytes}", stop.len()));
-            }
-        }
-        Sampling {
-            max_new_tokens: options.max_new_tokens.unwrap_or(self.limits.default_max_new_tokens),
-            // -0.0 passes the range check; the decoder compares with 0.
-            temperature: temperature.abs(),
-            top_p,
-            top_k: options.top_k.unwrap_or(0),
-            seed: options.seed,
-            stop: options.stop,
-            logprobs: options.logprobs,
-        }
-    }
 }
 
 fn role_name(role: i32) -> String {
@@ -465,30 +420,9 @@ mod tests {
     }
 
     #[test]
-    fn sampling_ranges_are_those_of_the_contract() {
-        let sampling =
-            |sampling: pb::SamplingOptions| fields(limits().chat(pb::ChatRequest { sampling: Some(sampling), ..chat(vec![text(1)]) }));
-        for good in [0.0, -0.0, 2.0, f32::MIN_POSITIVE] {
-            assert_eq!(sampling(pb::SamplingOptions { temperature: Some(good), ..Default::default() }), Vec::<String>::new(), "{good}");
-        }
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.1, 2.1] {
-            assert_eq!(sampling(pb::SamplingOptions { temperature: Some(bad), ..Default::default() }), ["sampling.temperature"], "{bad}");
-        }
-        for bad in [f32::NAN, f32::INFINITY, 0.0, -1.0, 1.1] {
-            assert_eq!(sampling(pb::SamplingOptions { top_p: Some(bad), ..Default::default() }), ["sampling.top_p"], "{bad}");
-        }
-        let stop = |stop: Vec<String>| sampling(pb::SamplingOptions { stop, ..Default::default() });
-        assert_eq!(stop(vec!["x".repeat(256); 16]), Vec::<String>::new());
-        assert_eq!(stop(vec!["x".into(); 17]), ["sampling.stop"]);
-        assert_eq!(stop(vec!["x".repeat(257), String::new()]), ["sampling.stop[0]", "sampling.stop[1]"]);
-    }
-
-    #[test]
-    fn defaults_are_filled_in() {
+    fn image_defaults_are_the_checkpoints() {
         let valid = limits().chat(chat(vec![text(1)])).unwrap();
         assert_eq!(valid.image_options, ImageOptions { split: false, longest_edge: 168, shortest_edge: 56 });
-        let Sampling { max_new_tokens, temperature, top_p, top_k, seed, stop, logprobs } = valid.sampling;
-        assert_eq!((max_new_tokens, temperature, top_p, top_k, seed, stop.len(), logprobs), (256, 0.0, 1.0, 0, None, 0, None));
     }
 
     #[test]
