@@ -74,7 +74,7 @@ mod tests {
     use serde::Deserialize;
     use std::io::Write;
 
-    #[derive(Serialize, Deserialize, Debug)]
+    #[derive(Serialize, Deserialize, Debug, Default)]
     #[serde(default, deny_unknown_fields)]
     struct Root {
         gateway: Section,
@@ -84,11 +84,6 @@ mod tests {
     struct Section {
         queue_ms: u64,
         peers: Vec<String>,
-    }
-    impl Default for Root {
-        fn default() -> Self {
-            Self { gateway: Section::default() }
-        }
     }
     impl Default for Section {
         fn default() -> Self {
