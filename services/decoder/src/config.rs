@@ -40,7 +40,7 @@ impl Default for Config {
             prompt_lookup_tokens: 0,
             max_requests: 256,
             image_store_bytes: 512 << 20,
-            lease_ms: 60_000,
+            lease_ms: 600_000,
         }
     }
 }

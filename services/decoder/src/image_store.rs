@@ -189,6 +189,9 @@ impl ImageStore {
     pub fn put(&mut self, key: ImageKey, tokens: ImageTokens) -> Result<(), StoreError> {
         self.expire();
         self.clock += 1;
+        // Whoever waits for this image is still at work.
+        let expires_at = Instant::now() + self.lease;
+        self.reservations.values_mut().filter(|r| r.image_keys.contains(&key)).for_each(|r| r.expires_at = expires_at);
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.last_used = self.clock;
             return Ok(());

@@ -84,10 +84,15 @@ impl Decoder {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn check_alive(&self) -> Result<(), Status> {
+    /// New work is refused while the process drains; what was admitted before goes on.
+    fn check_accepting(&self) -> Result<(), Status> {
         if self.shutdown.stop_accepting.is_cancelled() {
             return Err(status::unavailable("the decoder is shutting down; ask another replica", RETRY_AFTER));
         }
+        self.check_alive()
+    }
+
+    fn check_alive(&self) -> Result<(), Status> {
         if *self.engine.alive().borrow() { Ok(()) } else { Err(ended()) }
     }
 
@@ -180,7 +185,7 @@ impl DecoderService for Decoder {
 
     async fn reserve(&self, request: Request<pb::ReserveRequest>) -> Result<Response<pb::ReserveResponse>, Status> {
         let request = request.into_inner();
-        self.check_alive()?;
+        self.check_accepting()?;
         self.check_fingerprint(&request.model_fingerprint)?;
         self.check_length(request.prompt_tokens as usize, request.max_new_tokens as usize)?;
         let mut keys = Vec::new();
@@ -231,7 +236,7 @@ impl DecoderService for Decoder {
     }
 
     async fn get_info(&self, _: Request<pb::GetInfoRequest>) -> Result<Response<pb::GetInfoResponse>, Status> {
-        self.check_alive()?;
+        self.check_accepting()?;
         Ok(Response::new(pb::GetInfoResponse {
             model_fingerprint: self.fingerprint.clone(),
             max_model_tokens: self.engine.max_model_tokens() as u32,
