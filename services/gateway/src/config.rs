@@ -62,8 +62,8 @@ impl Default for GatewayConfig {
             max_stop_texts: 16,
             max_stop_bytes: 256,
             reserve_timeout_ms: 10_000,
-            encode_timeout_ms: 600_000,
-            token_timeout_ms: 600_000,
+            encode_timeout_ms: 3_600_000,
+            token_timeout_ms: 3_600_000,
             probe_interval_ms: 2_000,
             probe_timeout_ms: 5_000,
         }

@@ -16,7 +16,7 @@ use crate::{
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream::BoxStream};
 use idefics_common::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, IMAGE},
     serve::Shutdown,
     status::{self, Violation},
 };
@@ -328,6 +328,11 @@ impl Inner {
 
     /// The prompt that a caller wrote, which has `pictures` of them if that matters.
     fn raw_prompt(&self, prompt: String, options: ImageOptions, pictures: Option<usize>) -> Result<Prompt, Status> {
+        let (marks, limit) = (prompt.matches(IMAGE).count(), self.max_images as usize);
+        if marks > limit {
+            let what = format!("has {marks} {IMAGE} marks, limit is {limit}; write fewer or raise gateway.max_images");
+            return Err(status::invalid_argument(vec![Violation::new("prompt", what)]));
+        }
         let text = MarkedText::authored(prompt);
         let violations = prompt::check_marks(&self.tokenizer, &text, pictures);
         if !violations.is_empty() {

@@ -128,6 +128,8 @@ pub(crate) struct Limits {
 
 /// Most violations that an answer carries; clients take no more than some kilobytes of status.
 const MAX_VIOLATIONS: usize = 16;
+/// Most parts of a message: each costs memory, even an empty one.
+const MAX_PARTS: usize = 256;
 const MAX_CACHE_SALT_BYTES: usize = 256;
 
 impl Limits {
@@ -288,6 +290,10 @@ impl<'a> Check<'a> {
         };
         if message.content.is_empty() {
             self.refuse(format!("{field}.content"), "is empty, expected one part or more");
+        }
+        if message.content.len() > MAX_PARTS {
+            self.refuse(format!("{field}.content"), format!("has {} parts, limit is {MAX_PARTS}; join texts", message.content.len()));
+            return Turn { role, parts: Vec::new() };
         }
         let mut parts = Vec::with_capacity(message.content.len());
         for (i, part) in message.content.into_iter().enumerate() {
