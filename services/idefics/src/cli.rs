@@ -37,7 +37,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "DIR", env = "IDEFICS_MODEL")]
     pub(crate) model: Option<PathBuf>,
     /// Talk to a running gateway instead of loading a model, as in http://127.0.0.1:50051
-    #[arg(long, value_name = "URL", conflicts_with = "model")]
+    #[arg(long, value_name = "URL")]
     pub(crate) endpoint: Option<String>,
     /// Configuration file (TOML) for the roles that are started
     #[arg(long, value_name = "FILE", conflicts_with = "endpoint")]
@@ -110,7 +110,7 @@ pub(crate) struct AskArgs {
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
     /// End before this text; may be repeated
-    #[arg(long, value_name = "STR")]
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,
     /// End after this token id too; may be repeated
     #[arg(long = "stop-token-id", value_name = "ID")]
@@ -136,8 +136,8 @@ pub(crate) struct AskArgs {
 pub(crate) struct EncodeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// A picture; may be repeated
-    #[arg(long = "image", value_name = "FILE", required = true)]
+    /// Pictures; may be repeated
+    #[arg(long = "image", value_name = "FILE", required = true, num_args(1..))]
     pub(crate) images: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) image_options: ImageArgs,

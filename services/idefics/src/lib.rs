@@ -33,14 +33,21 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build();
     match cli.command {
-        Command::Ask(args) => runtime()?.block_on(ask::run(args)),
-        Command::Encode(args) => runtime()?.block_on(encode::run(args)),
+        Command::Ask(args) => block_on(ask::run(args)),
+        Command::Encode(args) => block_on(encode::run(args)),
         Command::Inspect(args) => inspect::run(&args),
-        Command::Serve(args) => runtime()?.block_on(serve::run(args, serve::Role::All)),
-        Command::Gateway(args) => runtime()?.block_on(serve::run(args, serve::Role::Gateway)),
-        Command::Vision(args) => runtime()?.block_on(serve::run(args, serve::Role::Vision)),
-        Command::Decoder(args) => runtime()?.block_on(serve::run(args, serve::Role::Decoder)),
+        Command::Serve(args) => block_on(serve::run(args, serve::Role::All)),
+        Command::Gateway(args) => block_on(serve::run(args, serve::Role::Gateway)),
+        Command::Vision(args) => block_on(serve::run(args, serve::Role::Vision)),
+        Command::Decoder(args) => block_on(serve::run(args, serve::Role::Decoder)),
     }
+}
+
+/// Runs `work` and returns when it is done, even if a thread is still stuck in a load that nobody waits for any more.
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_background();
+    result
 }

@@ -172,9 +172,19 @@ impl Readiness {
 
     /// Returns when a part has changed. A part whose sender is gone stays what it was.
     async fn changed(&mut self) {
-        let mut changes: Vec<_> = self.all.iter_mut().map(|ready| Box::pin(async { ready.changed().await.is_ok() })).collect();
+        let mut changes: Vec<_> = self
+            .all
+            .iter_mut()
+            .map(|ready| {
+                Box::pin(async {
+                    if ready.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                })
+            })
+            .collect();
         std::future::poll_fn(|context| {
-            let changed = changes.iter_mut().any(|change| change.as_mut().poll(context) == std::task::Poll::Ready(true));
+            let changed = changes.iter_mut().any(|change| change.as_mut().poll(context).is_ready());
             if changed { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
         })
         .await;
@@ -185,12 +195,13 @@ impl Readiness {
 async fn follow(mut readiness: Readiness, handle: ServerHandle, shutdown: Shutdown) {
     loop {
         tokio::select! {
+            biased;
+            () = shutdown.stop_accepting.cancelled() => return,
             () = readiness.changed() => {
                 let ready = readiness.now();
                 tracing::info!(ready, "readiness changed");
                 handle.set_serving(ready).await;
             }
-            () = shutdown.stop_accepting.cancelled() => return,
         }
     }
 }
