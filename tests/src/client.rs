@@ -2,7 +2,7 @@
 
 use crate::process::{DEADLINE, Server};
 use idefics_proto::gateway::v1::{
-    ChatRequest, ChatResponse, ContentPart, Delta, Finished, GenerateRequest, Image, Message, Role, SamplingOptions, Started,
+    ChatRequest, ChatResponse, ContentPart, Delta, FinishReason, Finished, GenerateRequest, Image, Message, Role, SamplingOptions, Started,
     content_part::Part, gateway_service_client::GatewayServiceClient, generation_event::Event,
 };
 use std::time::{Duration, Instant};
@@ -61,9 +61,9 @@ pub fn raw(prompt: &str, images: Vec<Vec<u8>>, max_new_tokens: u32) -> GenerateR
 pub struct Reply {
     /// The first event.
     pub started: Started,
-    /// The text of all deltas.
+    /// The text of choice 0.
     pub text: String,
-    /// The ids of all deltas.
+    /// The ids of choice 0.
     pub token_ids: Vec<u32>,
     /// The last event.
     pub finished: Finished,
@@ -107,9 +107,15 @@ pub async fn collect(mut stream: Streaming<ChatResponse>) -> Result<Reply, Statu
 }
 
 impl Reply {
+    /// Why choice 0 ended.
+    pub fn reason(&self) -> FinishReason {
+        self.finished.finish_reasons().next().unwrap_or_default()
+    }
+
     fn push(&mut self, event: Option<Event>) {
         match event.expect("every event has content") {
             Event::Started(started) => self.started = started,
+            Event::Delta(Delta { choice: 1.., .. }) => {}
             Event::Delta(Delta { text, token_ids, .. }) => {
                 self.text.push_str(&text);
                 self.token_ids.extend(token_ids);

@@ -34,6 +34,20 @@ pub struct Answer {
     /// One per token, if asked for.
     #[serde(default)]
     pub logprobs: Vec<TokenLogprobs>,
+    /// All choices, if more than one was asked for; the fields above are those of the first.
+    #[serde(default)]
+    pub choices: Vec<Choice>,
+}
+
+/// One of several answers.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Choice {
+    /// The answer.
+    pub text: String,
+    /// Its tokens.
+    pub token_ids: Vec<u32>,
+    /// `stop` or `length`.
+    pub finish_reason: String,
 }
 
 /// Consumed tokens.

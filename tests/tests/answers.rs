@@ -45,6 +45,29 @@ async fn seeds_repeat_and_differ() {
     }
 }
 
+#[test]
+fn choices_share_a_prompt_and_differ() {
+    let model = checkpoint::random();
+    let server = IDEFICS.serve(Some(model.path()));
+    let ask = |flags: &[&str]| {
+        let common = ["--endpoint", &server.endpoint(), "--max-new-tokens", "8", "--temperature", "1", "--seed", "7"].map(str::to_owned);
+        let flags = flags.iter().map(|flag| (*flag).to_owned());
+        IDEFICS.ask(common.into_iter().chain(flags).chain(["--raw".to_owned(), "The shape is".to_owned()]))
+    };
+    let (alone, several) = (ask(&[]), ask(&["--n", "3"]));
+    assert!(alone.choices.is_empty());
+    assert_eq!((&several.token_ids, several.choices.len()), (&alone.token_ids, 3), "choice 0 is the answer alone");
+    assert_eq!(several.choices[0].text, several.text);
+    let distinct: HashSet<_> = several.choices.iter().map(|choice| &choice.token_ids).collect();
+    assert_eq!(distinct.len(), 3);
+    let tokens: usize = several.choices.iter().map(|choice| choice.token_ids.len()).sum();
+    assert_eq!(several.usage.completion_tokens as usize, tokens);
+
+    let output = IDEFICS.run(["ask", "--endpoint", &server.endpoint(), "--n", "2", "--max-new-tokens", "2", "--raw", "The shape is"]);
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(printed.lines().filter(|line| line.starts_with("--- choice")).count(), 2, "{printed}");
+}
+
 #[tokio::test]
 async fn stop_text_ends_the_answer_before_itself() {
     let server = IDEFICS.serve(None);
@@ -58,7 +81,7 @@ async fn stop_text_ends_the_answer_before_itself() {
     };
     let whole = client::ask(&mut client, ask(&[])).await.unwrap();
     assert_eq!(whole.text.trim(), "A blue star, a purple diamond and a pink cross on a gray background.");
-    assert_eq!(whole.finished.reason(), FinishReason::Stop);
+    assert_eq!(whole.reason(), FinishReason::Stop);
     // Within a token, across tokens, and the one that comes first of several.
     for (stop, text) in [
         (&["diamond"][..], "A blue star, a purple "),
@@ -68,7 +91,7 @@ async fn stop_text_ends_the_answer_before_itself() {
     ] {
         let reply = client::ask(&mut client, ask(stop)).await.unwrap();
         assert_eq!(reply.text.trim_start(), text, "{stop:?}");
-        assert_eq!(reply.finished.reason(), FinishReason::Stop, "{stop:?}");
+        assert_eq!(reply.reason(), FinishReason::Stop, "{stop:?}");
     }
 }
 
@@ -79,11 +102,11 @@ async fn max_new_tokens_and_the_context_end_an_answer_by_length() {
     let server = IDEFICS.serve(Some(model.path()));
     let mut client = gateway(&server).await;
     let reply = complete(&mut client, raw("The shape is", vec![], 5)).await.unwrap();
-    assert_eq!((reply.token_ids.len(), reply.finished.reason()), (5, FinishReason::Length));
+    assert_eq!((reply.token_ids.len(), reply.reason()), (5, FinishReason::Length));
     let mut request = raw("The shape is", vec![], 0);
     request.sampling = None;
     let reply = complete(&mut client, request).await.unwrap();
-    assert_eq!(reply.finished.reason(), FinishReason::Length);
+    assert_eq!(reply.reason(), FinishReason::Length);
     assert_eq!(reply.started.prompt_tokens as usize + reply.token_ids.len(), 64, "the default fills the context");
 }
 

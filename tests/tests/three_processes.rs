@@ -249,7 +249,7 @@ async fn finish(mut stream: Streaming<GenerateResponse>) -> Option<FinishReason>
     let mut reason = None;
     while let Some(message) = within_deadline(stream.message()).await.expect("the stream is not cut off") {
         if let Some(Event::Finished(finished)) = message.event.and_then(|e| e.event) {
-            reason = Some(finished.reason());
+            reason = finished.finish_reasons().next();
         }
     }
     reason

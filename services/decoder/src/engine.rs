@@ -4,7 +4,7 @@ use crate::{
     config::Config,
     metrics::{EngineMetrics, Levels},
     model_runner::{CacheSize, ModelRunner},
-    sampler::{Sampler, Scratch},
+    sampler::Scratch,
     scheduler::{Scheduled, Scheduler},
     sequence::{Event, Request, Sequence},
 };
@@ -40,7 +40,7 @@ pub struct EngineOptions {
 /// Counts of an engine, for whoever watches it.
 #[derive(Debug, Default)]
 pub struct EngineStats {
-    /// Sequences that wait or run.
+    /// Sequences that wait or run, one for each choice of a request: counted from submission on.
     pub num_sequences: AtomicUsize,
     /// Blocks of the KV cache that nobody has.
     pub num_free_blocks: AtomicUsize,
@@ -54,10 +54,16 @@ pub struct EngineStats {
     pub num_preemptions: AtomicUsize,
 }
 
+/// What the engine's thread is told.
+enum Command {
+    Generate(Box<Sequence>),
+    CancelChoice { request_id: String, choice: usize },
+}
+
 /// A handle on the engine's thread. The thread ends when the last handle is dropped.
 #[derive(Clone)]
 pub struct Engine {
-    submissions: mpsc::UnboundedSender<Sequence>,
+    commands: mpsc::UnboundedSender<Command>,
     alive: watch::Receiver<bool>,
     stats: Arc<EngineStats>,
     max_model_tokens: usize,
@@ -71,7 +77,7 @@ impl Engine {
     /// If the weights are not those of `options.model`, or the device has no room.
     pub fn start<B: Backend>(backend: B, options: EngineOptions) -> Result<Self> {
         let cache = CacheSize::new(&options.config, &options.model, backend.activation_dtype().size())?;
-        let (submissions, receiver) = mpsc::unbounded_channel();
+        let (commands, receiver) = mpsc::unbounded_channel();
         let (alive_sender, alive) = watch::channel(true);
         let (loaded_sender, loaded) = std::sync::mpsc::channel();
         let device_name = backend.device_name();
@@ -88,18 +94,23 @@ impl Engine {
         });
         spawned.map_err(|e| Error::Device(format!("the engine's thread cannot be started: {e}")))?;
         loaded.recv().unwrap_or_else(|_| Err(Error::Device("the engine's thread ended while it loaded".into())))?;
-        Ok(Self { submissions, alive, stats, max_model_tokens: cache.max_model_tokens, device_name })
+        Ok(Self { commands, alive, stats, max_model_tokens: cache.max_model_tokens, device_name })
     }
 
-    /// Queues a request, whose prompt and answer must fit into [`max_model_tokens`](Self::max_model_tokens); its events come
-    /// out of the receiver, at most `max_new_tokens + 1`. Dropping the receiver cancels it within one step. If the engine
-    /// has ended, the receiver is closed.
-    pub fn submit(&self, request: Request, span: Span) -> mpsc::UnboundedReceiver<Event> {
+    /// Queues a request, whose prompt and answer must fit into [`max_model_tokens`](Self::max_model_tokens); the events of all
+    /// its choices come out of the receiver, at most `max_new_tokens + 1` for each. Dropping the receiver cancels them within
+    /// one step. If the engine has ended, the receiver is closed.
+    pub fn submit(&self, request: &Request, span: &Span) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
-        let sampler = Sampler::new(request.sampling.clone(), &request.token_ids);
-        self.stats.num_sequences.fetch_add(1, Ordering::Relaxed);
-        drop(self.submissions.send(Sequence::new(request, sampler, events, span)));
+        self.stats.num_sequences.fetch_add(request.n, Ordering::Relaxed);
+        drop(self.commands.send(Command::Generate(Box::new(Sequence::new(request, &events, span)))));
         receiver
+    }
+
+    /// Ends one choice of a request within one step; it is reported as [`Cancelled`](crate::sequence::FinishReason::Cancelled).
+    /// Unknown ones, and those that have ended, are ignored.
+    pub fn cancel_choice(&self, request_id: String, choice: usize) {
+        drop(self.commands.send(Command::CancelChoice { request_id, choice }));
     }
 
     /// Longest prompt and answer together.
@@ -134,6 +145,8 @@ impl Drop for AliveGuard {
 
 struct Worker<B: Backend> {
     scheduler: Scheduler,
+    /// Sequences that the scheduler had when `stats` was last told.
+    num_sequences: usize,
     runner: ModelRunner<B>,
     stop_token_ids: Vec<u32>,
     banned_token_ids: Vec<u32>,
@@ -154,6 +167,7 @@ impl<B: Backend> Worker<B> {
             Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens).with_prompt_lookup(config.prompt_lookup_tokens);
         Ok(Self {
             scheduler,
+            num_sequences: 0,
             runner,
             stop_token_ids,
             banned_token_ids,
@@ -164,16 +178,16 @@ impl<B: Backend> Worker<B> {
         })
     }
 
-    fn run(mut self, mut submissions: mpsc::UnboundedReceiver<Sequence>) {
+    fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
         loop {
             if self.scheduler.is_empty() {
-                match submissions.blocking_recv() {
-                    Some(sequence) => self.scheduler.add(sequence),
+                match commands.blocking_recv() {
+                    Some(command) => self.obey(command),
                     None => return,
                 }
             }
-            while let Ok(sequence) = submissions.try_recv() {
-                self.scheduler.add(sequence);
+            while let Ok(command) = commands.try_recv() {
+                self.obey(command);
             }
             let step = self.scheduler.schedule();
             if !step.is_empty()
@@ -185,19 +199,31 @@ impl<B: Backend> Worker<B> {
                     return;
                 }
             }
-            self.publish(submissions.len());
+            self.publish();
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Generate(request) => {
+                self.num_sequences += 1 + request.siblings.len();
+                self.scheduler.add(*request);
+            }
+            Command::CancelChoice { request_id, choice } => self.scheduler.cancel(&request_id, choice),
         }
     }
 
     /// Shows where the engine stands.
-    fn publish(&mut self, num_submitted: usize) {
-        let (waiting, all) = (self.scheduler.num_waiting() + num_submitted, self.scheduler.len() + num_submitted);
+    fn publish(&mut self) {
         let (blocks, free) = (self.scheduler.blocks().num_blocks(), self.scheduler.blocks().num_free());
-        let preemptions = self.scheduler.num_preemptions();
+        let (running, preemptions) = (self.scheduler.num_running(), self.scheduler.num_preemptions());
         self.stats.num_free_blocks.store(free, Ordering::Relaxed);
         self.stats.num_preemptions.store(preemptions, Ordering::Relaxed);
-        self.stats.num_sequences.store(all, Ordering::Relaxed);
-        self.metrics.set_levels(Levels { waiting, running: all - waiting, blocks_used: blocks - free, blocks, preemptions });
+        // Only what has ended is taken off, so that what was submitted meanwhile is never forgotten.
+        let ended = self.num_sequences - self.scheduler.len();
+        self.num_sequences -= ended;
+        let all = self.stats.num_sequences.fetch_sub(ended, Ordering::Relaxed) - ended;
+        self.metrics.set_levels(Levels { waiting: all - running, running, blocks_used: blocks - free, blocks, preemptions });
     }
 
     fn step(&mut self, step: &[Scheduled]) -> Result<()> {
@@ -206,20 +232,19 @@ impl<B: Backend> Worker<B> {
         step.iter().for_each(|part| running[part.sequence].mark_started());
         let outputs = self.runner.run(step, running)?;
         let num_outputs = outputs.len();
-        let mut finished = Vec::new();
+        let (mut finished, mut failed) = (Vec::new(), Vec::new());
         for (i, logits) in outputs {
             let sequence = &mut running[i];
             let draft = std::mem::take(&mut sequence.draft);
             let (before, drafted) = (sequence.token_ids.len(), draft.len());
             let mut accepted = 0;
-            if before == sequence.prompt_len {
+            if before == sequence.prompt_len && sequence.choice == 0 {
                 self.metrics.first_token(sequence);
             }
             for (place, logits) in logits.chunks_exact(self.vocab_size).enumerate() {
                 let (banned, stop) = (&self.banned_token_ids, &self.stop_token_ids);
                 let Some((token_id, logprobs)) = sequence.sampler.sample(logits, banned, stop, &mut self.scratch) else {
-                    drop(sequence.events.send(Event::Failed("the model's logits are not finite".into())));
-                    finished.push(i);
+                    failed.push(sequence.number());
                     break;
                 };
                 if sequence.push(token_id, logprobs, stop).is_some() {
@@ -240,18 +265,28 @@ impl<B: Backend> Worker<B> {
         // Before anything leaves: what the step computed can be shared, finished or not.
         self.scheduler.commit(step);
         self.scheduler.remove(&finished);
+        self.fail_requests(failed, "the model's logits are not finite");
         let elapsed = started_at.elapsed();
         self.metrics.step(step, elapsed);
         tracing::trace!(sequences = step.len(), outputs = num_outputs, elapsed_ms = elapsed.as_secs_f64() * 1e3, "step");
         Ok(())
     }
 
-    /// Ends the sequences of a step with an error.
+    /// Ends the requests of a step with an error.
     fn fail(&mut self, step: &[Scheduled], error: &str) {
-        for part in step {
-            drop(self.scheduler.running()[part.sequence].events.send(Event::Failed(error.to_owned())));
+        let running = self.scheduler.running();
+        let numbers = step.iter().map(|part| running[part.sequence].number()).collect();
+        self.fail_requests(numbers, error);
+    }
+
+    /// Ends requests with all their choices, each with one error.
+    fn fail_requests(&mut self, mut numbers: Vec<u64>, error: &str) {
+        numbers.dedup();
+        for number in &numbers {
+            if let Some(sequence) = self.scheduler.running().iter().find(|sequence| sequence.number() == *number) {
+                drop(sequence.events.send(Event::Failed(error.to_owned())));
+            }
         }
-        let indices: Vec<usize> = step.iter().map(|part| part.sequence).collect();
-        self.scheduler.remove(&indices);
+        self.scheduler.remove_requests(&numbers);
     }
 }

@@ -91,8 +91,13 @@ impl ImageTokens {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// As many requests as are allowed are reserved, wait or run.
-    #[error("{0} requests are reserved or running already; try again later")]
-    TooManyRequests(usize),
+    #[error("the request takes {wanted} places in the queue, {room} are left; try again later")]
+    TooManyRequests {
+        /// Sequences of the request.
+        wanted: usize,
+        /// What is left.
+        room: usize,
+    },
     /// Nothing can be evicted to make room.
     #[error("image store of {budget_bytes} bytes is full of images that requests wait for; try again later")]
     Full {
@@ -119,6 +124,7 @@ struct Entry {
 
 struct Reservation {
     image_keys: Vec<ImageKey>,
+    num_sequences: usize,
     expires_at: Instant,
 }
 
@@ -155,15 +161,23 @@ impl ImageStore {
         self.reservations.len()
     }
 
-    /// Pins images for a request; returns those that are not there yet. Naming the same request again starts over.
+    /// Pins images for a request of `num_sequences` choices; returns those that are not there yet. Naming the same request
+    /// again starts over.
     ///
     /// # Errors
-    /// [`StoreError::TooManyRequests`] if `max` others are reserved.
-    pub fn reserve(&mut self, request_id: &str, image_keys: Vec<ImageKey>, max: usize) -> Result<Vec<ImageKey>, StoreError> {
+    /// [`StoreError::TooManyRequests`] if `room` has no place for so many sequences beside those that are reserved.
+    pub fn reserve(
+        &mut self,
+        request_id: &str,
+        image_keys: Vec<ImageKey>,
+        num_sequences: usize,
+        room: usize,
+    ) -> Result<Vec<ImageKey>, StoreError> {
         self.expire();
         self.reservations.remove(request_id);
-        if self.reservations.len() >= max {
-            return Err(StoreError::TooManyRequests(self.reservations.len()));
+        let reserved: usize = self.reservations.values().map(|reservation| reservation.num_sequences).sum();
+        if reserved + num_sequences > room {
+            return Err(StoreError::TooManyRequests { wanted: num_sequences, room: room.saturating_sub(reserved) });
         }
         self.clock += 1;
         let mut missing = Vec::new();
@@ -173,7 +187,7 @@ impl ImageStore {
                 None => missing.push(*key),
             }
         }
-        self.reservations.insert(request_id.into(), Reservation { image_keys, expires_at: Instant::now() + self.lease });
+        self.reservations.insert(request_id.into(), Reservation { image_keys, num_sequences, expires_at: Instant::now() + self.lease });
         Ok(missing)
     }
 
@@ -279,7 +293,7 @@ mod tests {
         let mut store = ImageStore::new(32, LEASE);
         store.put(key(1), tokens(1.0)).unwrap();
         store.put(key(2), tokens(2.0)).unwrap();
-        assert_eq!(store.reserve("a", vec![key(1), key(3)], 8).unwrap(), [key(3)]);
+        assert_eq!(store.reserve("a", vec![key(1), key(3)], 1, 8).unwrap(), [key(3)]);
         store.put(key(3), tokens(3.0)).unwrap();
         assert_eq!(store.take("other", &[key(2), key(1), key(2)]).unwrap_err(), StoreError::Missing(vec![key(2)]));
         assert_eq!(store.put(key(4), tokens(4.0)).unwrap_err(), StoreError::Full { budget_bytes: 32 });
@@ -293,13 +307,13 @@ mod tests {
     async fn leases_end() {
         let mut store = ImageStore::new(16, LEASE);
         store.put(key(1), tokens(1.0)).unwrap();
-        store.reserve("a", vec![key(1)], 1).unwrap();
-        assert_eq!(store.reserve("b", vec![], 1).unwrap_err(), StoreError::TooManyRequests(1));
+        store.reserve("a", vec![key(1)], 2, 3).unwrap();
+        assert_eq!(store.reserve("b", vec![], 2, 3).unwrap_err(), StoreError::TooManyRequests { wanted: 2, room: 1 });
         assert!(store.put(key(2), tokens(2.0)).is_err());
         tokio::time::advance(LEASE).await;
         assert_eq!(store.num_reservations(), 0);
         store.put(key(2), tokens(2.0)).unwrap();
-        store.reserve("b", vec![], 1).unwrap();
+        store.reserve("b", vec![], 2, 3).unwrap();
     }
 
     #[test]

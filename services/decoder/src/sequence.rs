@@ -1,4 +1,4 @@
-//! One request on its way through the engine.
+//! One request on its way through the engine: a sequence for each of its choices.
 
 use crate::{
     block_manager::{BlockHash, BlockTable},
@@ -76,7 +76,7 @@ pub struct ImageSpan {
 }
 
 /// What a caller asks for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Names it in logs.
     pub request_id: String,
@@ -84,7 +84,9 @@ pub struct Request {
     pub token_ids: Vec<u32>,
     /// Images in the prompt, in order.
     pub image_spans: Vec<ImageSpan>,
-    /// Most tokens to generate.
+    /// Answers to generate, 1 or more. They differ in their random streams only.
+    pub n: usize,
+    /// Most tokens to generate for each.
     pub max_new_tokens: usize,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
@@ -117,22 +119,28 @@ pub enum FinishReason {
     Stop,
     /// As many tokens as asked for were generated.
     Length,
+    /// The caller did not want more of this choice.
+    Cancelled,
 }
 
-/// What the engine reports of a sequence.
+/// What the engine reports of a request. Each choice ends with `Finished`, unless the request ends with `Failed`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// A generated token.
     Token {
+        /// Which answer it belongs to, from 0.
+        choice: usize,
         /// The id.
         token_id: u32,
         /// If asked for.
         logprobs: Option<Logprobs>,
-        /// With the first token: prompt tokens whose keys and values were in the cache.
+        /// With the first token of choice 0: prompt tokens whose keys and values were in the cache.
         cached_tokens: Option<usize>,
     },
-    /// The last event.
+    /// The last event of a choice.
     Finished {
+        /// Which.
+        choice: usize,
         /// Why.
         reason: FinishReason,
         /// From submission to the first forward pass.
@@ -142,11 +150,11 @@ pub enum Event {
         /// From the first token to the last.
         decode_ms: f64,
     },
-    /// The last event, if the step in which the sequence took part failed.
+    /// The last event of all choices, if a step in which one of them took part failed.
     Failed(String),
 }
 
-/// A request with its state.
+/// One choice of a request, with its state.
 pub struct Sequence {
     /// Names it in logs.
     pub request_id: String,
@@ -168,12 +176,18 @@ pub struct Sequence {
     pub draft: Vec<u32>,
     /// Full blocks that others know of.
     pub num_published: usize,
-    /// Where its events go. At most `max_new_tokens + 1` are ever sent, which bounds what a slow reader can hold.
+    /// Which of the request's answers it is, from 0.
+    pub choice: usize,
+    /// Choices of the same request that wait for this one's prompt to be in the cache.
+    pub siblings: Vec<Self>,
+    /// Where the events of all choices go. At most `max_new_tokens + 1` are ever sent for each, which bounds what a slow
+    /// reader can hold.
     pub events: mpsc::UnboundedSender<Event>,
     /// The caller's span.
     pub span: Span,
     /// Hashes of its full blocks, as far as they were needed; the root first.
     block_hashes: Vec<BlockHash>,
+    number: u64,
     cached_tokens: Option<usize>,
     submitted_at: Instant,
     started_at: Option<Instant>,
@@ -181,27 +195,55 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence that has not run yet.
-    pub fn new(request: Request, sampler: Sampler, events: mpsc::UnboundedSender<Event>, span: Span) -> Self {
-        Self {
+    /// The first choice of a request that has not run yet, with the others as its siblings.
+    pub fn new(request: &Request, events: &mpsc::UnboundedSender<Event>, span: &Span) -> Self {
+        let submitted_at = Instant::now();
+        let choice = |choice| Self {
             prompt_len: request.token_ids.len(),
-            request_id: request.request_id,
-            token_ids: request.token_ids,
+            request_id: request.request_id.clone(),
+            token_ids: request.token_ids.clone(),
             num_computed: 0,
-            image_spans: request.image_spans,
+            image_spans: request.image_spans.clone(),
             max_new_tokens: request.max_new_tokens,
-            sampler,
+            sampler: Sampler::new(request.sampling.clone(), &request.token_ids).with_stream(choice as u64),
             block_table: BlockTable::default(),
             draft: Vec::new(),
             num_published: 0,
-            events,
-            span,
+            choice,
+            siblings: Vec::new(),
+            events: events.clone(),
+            span: span.clone(),
             block_hashes: vec![request.cache_root],
+            number: 0,
             cached_tokens: None,
-            submitted_at: Instant::now(),
+            submitted_at,
             started_at: None,
             first_token_at: None,
-        }
+        };
+        Self { siblings: (1..request.n).map(choice).collect(), ..choice(0) }
+    }
+
+    /// Its place in the order of the scheduler: less is earlier. The choices of a request stand together.
+    pub fn rank(&self) -> (u64, usize) {
+        (self.number, self.choice)
+    }
+
+    /// The request's number, in order of submission; all its choices have it.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Numbers the request.
+    pub fn set_number(&mut self, number: u64) {
+        self.number = number;
+        self.siblings.iter_mut().for_each(|sibling| sibling.number = number);
+    }
+
+    /// The first of its siblings, if any wait for its prompt, which the others then wait for.
+    pub fn take_heir(&mut self) -> Option<Self> {
+        let mut siblings = std::mem::take(&mut self.siblings).into_iter();
+        let heir = siblings.next()?;
+        Some(Self { siblings: siblings.collect(), ..heir })
     }
 
     /// Tokens that it may have at the end.
@@ -254,10 +296,11 @@ impl Sequence {
 
     /// Appends a generated token and reports it; returns why generation ends, if it does. `stop_token_ids` are the checkpoint's.
     pub fn push(&mut self, token_id: u32, logprobs: Option<Logprobs>, stop_token_ids: &[u32]) -> Option<FinishReason> {
-        let cached_tokens = if self.first_token_at.is_none() { self.cached_tokens } else { None };
+        let is_first = self.first_token_at.is_none() && self.choice == 0;
+        let cached_tokens = self.cached_tokens.filter(|_| is_first);
         self.first_token_at.get_or_insert_with(Instant::now);
         self.token_ids.push(token_id);
-        drop(self.events.send(Event::Token { token_id, logprobs, cached_tokens }));
+        drop(self.events.send(Event::Token { choice: self.choice, token_id, logprobs, cached_tokens }));
         let reason = if self.sampler.ends_at(token_id, stop_token_ids) {
             FinishReason::Stop
         } else if self.token_ids.len() == self.max_len() {
@@ -265,13 +308,19 @@ impl Sequence {
         } else {
             return None;
         };
+        self.finish(reason);
+        Some(reason)
+    }
+
+    /// Reports that it has ended.
+    pub fn finish(&self, reason: FinishReason) {
         let ms = |from: Option<Instant>, to: Option<Instant>| from.zip(to).map_or(0.0, |(from, to)| (to - from).as_secs_f64() * 1e3);
         drop(self.events.send(Event::Finished {
+            choice: self.choice,
             reason,
             queue_ms: ms(Some(self.submitted_at), self.started_at),
             prefill_ms: ms(self.started_at, self.first_token_at),
             decode_ms: ms(self.first_token_at, Some(Instant::now())),
         }));
-        Some(reason)
     }
 }

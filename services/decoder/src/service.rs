@@ -41,6 +41,8 @@ const MAX_LOGIT_BIASES: usize = 1024;
 const MAX_LOGIT_BIAS: f32 = 100.0;
 /// Most stop ids of a request's own.
 const MAX_STOP_TOKEN_IDS: usize = 16;
+/// Most choices of a request.
+const MAX_CHOICES: u32 = 16;
 /// Longest cache salt.
 const MAX_CACHE_SALT_BYTES: usize = 256;
 /// When to try again after a refusal: about the time of a short answer.
@@ -115,6 +117,19 @@ impl Decoder {
         Ok(())
     }
 
+    fn check_choices(&self, n: u32) -> Result<(), Status> {
+        if !(1..=MAX_CHOICES).contains(&n) {
+            return Err(status::invalid_argument(vec![Violation::new("n", format!("is {n}, expected from 1 to {MAX_CHOICES}"))]));
+        }
+        let limit = self.config.max_requests;
+        if n as usize > limit {
+            return Err(Status::out_of_range(format!(
+                "n is {n}, the decoder's queue has {limit} places; lower n or raise decoder.max_requests"
+            )));
+        }
+        Ok(())
+    }
+
     /// Every violation of a `Generate` request but its length; on success the distinct keys of its images.
     fn check_prompt(&self, request: &pb::GenerateRequest) -> Result<Vec<ImageKey>, Vec<Violation>> {
         let mut violations = Vec::new();
@@ -170,6 +185,7 @@ impl Decoder {
             request_id: request.request_id,
             token_ids: request.token_ids,
             image_spans,
+            n: request.n as usize,
             max_new_tokens: request.max_new_tokens as usize,
             sampling,
             cache_root: BlockHash::root(&[self.fingerprint.as_bytes(), &request.cache_salt]),
@@ -187,6 +203,7 @@ impl DecoderService for Decoder {
         let request = request.into_inner();
         self.check_accepting()?;
         self.check_fingerprint(&request.model_fingerprint)?;
+        self.check_choices(request.n)?;
         self.check_length(request.prompt_tokens as usize, request.max_new_tokens as usize)?;
         let mut keys = Vec::new();
         for (i, key) in request.image_keys.iter().enumerate() {
@@ -198,7 +215,7 @@ impl DecoderService for Decoder {
         let in_engine = self.engine.stats().num_sequences.load(std::sync::atomic::Ordering::Relaxed);
         let mut images = self.images();
         let room = self.config.max_requests.saturating_sub(in_engine);
-        let missing = images.reserve(&request.request_id, keys, room).map_err(store_status)?;
+        let missing = images.reserve(&request.request_id, keys, request.n as usize, room).map_err(store_status)?;
         let lease_ms = images.lease().as_millis() as u64;
         let missing_image_keys = missing.iter().map(|key| bytes::Bytes::copy_from_slice(&key.0)).collect();
         Ok(Response::new(pb::ReserveResponse { missing_image_keys, lease_ms }))
@@ -224,6 +241,7 @@ impl DecoderService for Decoder {
     async fn generate(&self, request: Request<pb::GenerateRequest>) -> Result<Response<GenerateStream>, Status> {
         let request = request.into_inner();
         self.check_alive()?;
+        self.check_choices(request.n)?;
         self.check_length(request.token_ids.len(), request.max_new_tokens as usize)?;
         let sampling = sampling_params(request.sampling.clone().unwrap_or_default(), self.vocab_size, request.max_new_tokens);
         let (sampling, keys) = match (sampling, self.check_prompt(&request)) {
@@ -231,8 +249,15 @@ impl DecoderService for Decoder {
             (a, b) => return Err(status::invalid_argument(a.err().into_iter().chain(b.err()).flatten().collect())),
         };
         let span = tracing::info_span!("generate", request_id = %request.request_id);
-        let events = self.engine.submit(self.engine_request(request, sampling, &keys)?, span);
-        Ok(Response::new(Box::pin(responses(events, self.shutdown.clone()))))
+        let n = request.n as usize;
+        let events = self.engine.submit(&self.engine_request(request, sampling, &keys)?, &span);
+        Ok(Response::new(Box::pin(responses(events, n, self.shutdown.clone()))))
+    }
+
+    async fn cancel_choice(&self, request: Request<pb::CancelChoiceRequest>) -> Result<Response<pb::CancelChoiceResponse>, Status> {
+        let pb::CancelChoiceRequest { request_id, choice } = request.into_inner();
+        self.engine.cancel_choice(request_id, choice as usize);
+        Ok(Response::new(pb::CancelChoiceResponse {}))
     }
 
     async fn get_info(&self, _: Request<pb::GetInfoRequest>) -> Result<Response<pb::GetInfoResponse>, Status> {
@@ -248,13 +273,14 @@ impl DecoderService for Decoder {
     }
 }
 
-/// The engine's events on the wire. Dropping the stream drops the receiver, which cancels the sequence.
-fn responses(events: UnboundedReceiver<Event>, shutdown: Shutdown) -> impl Stream<Item = Result<pb::GenerateResponse, Status>> {
+/// The engine's events on the wire, until all `n` choices have ended. Dropping the stream drops the receiver, which cancels the
+/// sequences.
+fn responses(events: UnboundedReceiver<Event>, n: usize, shutdown: Shutdown) -> impl Stream<Item = Result<pb::GenerateResponse, Status>> {
     // `None` behind the last event.
-    futures::stream::unfold(Some(events), move |events| {
+    futures::stream::unfold(Some((events, n)), move |state| {
         let shutdown = shutdown.clone();
         async move {
-            let mut events = events?;
+            let (mut events, left) = state?;
             let event = tokio::select! {
                 biased;
                 event = events.recv() => event,
@@ -263,16 +289,18 @@ fn responses(events: UnboundedReceiver<Event>, shutdown: Shutdown) -> impl Strea
                 }
             };
             Some(match event {
-                Some(Event::Token { token_id, logprobs, cached_tokens }) => {
-                    let token = to_wire(token_id, logprobs, cached_tokens);
-                    (Ok(response(PbEvent::Token(token))), Some(events))
+                Some(Event::Token { choice, token_id, logprobs, cached_tokens }) => {
+                    let token = to_wire(choice, token_id, logprobs, cached_tokens);
+                    (Ok(response(PbEvent::Token(token))), Some((events, left)))
                 }
-                Some(Event::Finished { reason, queue_ms, prefill_ms, decode_ms }) => {
+                Some(Event::Finished { choice, reason, queue_ms, prefill_ms, decode_ms }) => {
                     let reason = match reason {
                         FinishReason::Stop => pb::FinishReason::Stop,
                         FinishReason::Length => pb::FinishReason::Length,
+                        FinishReason::Cancelled => pb::FinishReason::Cancelled,
                     };
-                    (Ok(response(PbEvent::Finished(pb::Finished { reason: reason.into(), queue_ms, prefill_ms, decode_ms }))), None)
+                    let finished = pb::Finished { choice: choice as u32, reason: reason.into(), queue_ms, prefill_ms, decode_ms };
+                    (Ok(response(PbEvent::Finished(finished))), (left > 1).then_some((events, left - 1)))
                 }
                 Some(Event::Failed(error)) => (Err(Status::internal(error)), None),
                 None => (Err(ended()), None),
@@ -285,11 +313,11 @@ fn response(event: PbEvent) -> pb::GenerateResponse {
     pb::GenerateResponse { event: Some(event) }
 }
 
-fn to_wire(token_id: u32, logprobs: Option<Logprobs>, cached_tokens: Option<usize>) -> pb::GeneratedToken {
+fn to_wire(choice: usize, token_id: u32, logprobs: Option<Logprobs>, cached_tokens: Option<usize>) -> pb::GeneratedToken {
     let logprob = logprobs.as_ref().map(|l| l.logprob);
     let top = logprobs.map(|l| l.top).unwrap_or_default();
     let top = top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect();
-    pb::GeneratedToken { token_id, logprob, top, cached_tokens: cached_tokens.map(|n| n as u32) }
+    pb::GeneratedToken { token_id, logprob, top, cached_tokens: cached_tokens.map(|n| n as u32), choice: choice as u32 }
 }
 
 fn ended() -> Status {
@@ -305,7 +333,7 @@ fn store_status(error: StoreError) -> Status {
     let message = error.to_string();
     match error {
         StoreError::Missing(keys) => status::failed_precondition(IMAGE_TOKENS_MISSING, keys.iter().map(ToString::to_string), message),
-        StoreError::TooManyRequests(_) | StoreError::Full { .. } => status::resource_exhausted(message, RETRY_AFTER),
+        StoreError::TooManyRequests { .. } | StoreError::Full { .. } => status::resource_exhausted(message, RETRY_AFTER),
         StoreError::TooLarge { .. } => Status::out_of_range(message),
     }
 }

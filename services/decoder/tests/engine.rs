@@ -16,8 +16,12 @@ use idefics_kernels::{
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::Ordering},
+};
 use tempfile::TempDir;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::Span;
 
 const GREEDY: SamplingParams = SamplingParams::GREEDY;
@@ -46,7 +50,7 @@ fn large() -> Config {
 
 fn text(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
     let cache_root = BlockHash::root(&[]);
-    Request { request_id: "test".into(), token_ids, image_spans: vec![], max_new_tokens, sampling: GREEDY, cache_root }
+    Request { request_id: "test".into(), token_ids, image_spans: vec![], n: 1, max_new_tokens, sampling: GREEDY, cache_root }
 }
 
 /// A prompt of random ids with an image in the middle of every other one.
@@ -92,32 +96,39 @@ fn requests(sampling: SamplingParams) -> Vec<Request> {
     (0..12).map(|i| request(&mut rng, i % 2 == 0, SamplingParams { seed: i, ..sampling.clone() })).collect()
 }
 
-async fn collect(mut events: tokio::sync::mpsc::UnboundedReceiver<Event>) -> (Vec<u32>, FinishReason) {
-    let mut tokens = Vec::new();
-    loop {
-        match events.recv().await.expect("a request ends with an event") {
-            Event::Token { token_id, .. } => tokens.push(token_id),
-            Event::Finished { reason, .. } => return (tokens, reason),
+/// The answer of each choice.
+async fn collect_choices(mut events: UnboundedReceiver<Event>, n: usize) -> Vec<(Vec<u32>, FinishReason)> {
+    let mut tokens = vec![Vec::new(); n];
+    let mut reasons = vec![None; n];
+    while reasons.contains(&None) {
+        match events.recv().await.expect("every choice ends with an event") {
+            Event::Token { choice, token_id, .. } => tokens[choice].push(token_id),
+            Event::Finished { choice, reason, .. } => assert_eq!(reasons[choice].replace(reason), None, "choice {choice} ended twice"),
             Event::Failed(error) => panic!("{error}"),
         }
     }
+    tokens.into_iter().zip(reasons.into_iter().flatten()).collect()
 }
 
-async fn alone(sampling: SamplingParams) -> Vec<(Vec<u32>, FinishReason)> {
+async fn collect(events: UnboundedReceiver<Event>) -> (Vec<u32>, FinishReason) {
+    collect_choices(events, 1).await.remove(0)
+}
+
+async fn alone(requests: Vec<Request>) -> Vec<Vec<(Vec<u32>, FinishReason)>> {
     let (_folder, engine) = engine(large());
     let mut answers = Vec::new();
-    for request in requests(sampling) {
-        answers.push(collect(engine.submit(request, Span::none())).await);
+    for request in requests {
+        answers.push(collect_choices(engine.submit(&request, &Span::none()), request.n).await);
     }
     answers
 }
 
-async fn together(sampling: SamplingParams) -> Vec<(Vec<u32>, FinishReason)> {
+async fn together(requests: Vec<Request>) -> Vec<Vec<(Vec<u32>, FinishReason)>> {
     let (_folder, engine) = engine(small());
-    let receivers: Vec<_> = requests(sampling).into_iter().map(|r| engine.submit(r, Span::none())).collect();
+    let receivers: Vec<_> = requests.iter().map(|r| (engine.submit(r, &Span::none()), r.n)).collect();
     let mut answers = Vec::new();
-    for events in receivers {
-        answers.push(collect(events).await);
+    for (events, n) in receivers {
+        answers.push(collect_choices(events, n).await);
     }
     assert!(engine.stats().num_preemptions.load(Ordering::Relaxed) > 0, "the pool must be small enough to matter");
     answers
@@ -125,17 +136,69 @@ async fn together(sampling: SamplingParams) -> Vec<(Vec<u32>, FinishReason)> {
 
 #[tokio::test]
 async fn chunks_and_batches_give_each_request_what_it_gets_alone() {
-    let answers = alone(GREEDY).await;
-    assert_eq!(together(GREEDY).await, answers);
-    let distinct: std::collections::BTreeSet<&Vec<u32>> = answers.iter().map(|(tokens, _)| tokens).collect();
+    let answers = alone(requests(GREEDY)).await;
+    assert_eq!(together(requests(GREEDY)).await, answers);
+    let distinct: BTreeSet<&Vec<u32>> = answers.iter().flatten().map(|(tokens, _)| tokens).collect();
     assert!(distinct.len() > 6, "the prompts must matter: {distinct:?}");
-    assert!(answers.iter().flat_map(|(tokens, _)| tokens).all(|id| (*id as usize) < VOCAB && *id != IMAGE && *id != 41));
+    assert!(answers.iter().flatten().flat_map(|(tokens, _)| tokens).all(|id| (*id as usize) < VOCAB && *id != IMAGE && *id != 41));
 }
 
 #[tokio::test]
 async fn seeded_sampling_does_not_depend_on_the_batch() {
     for sampling in [SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY }, everything(1.0), everything(0.0)] {
-        assert_eq!(together(sampling.clone()).await, alone(sampling).await);
+        assert_eq!(together(requests(sampling.clone())).await, alone(requests(sampling)).await);
+    }
+}
+
+/// Alone, and in a pool so small that choices lose the prompt that they share and compute it again.
+#[tokio::test]
+async fn first_choice_is_the_answer_alone_and_the_others_are_independent() {
+    let hot = SamplingParams { temperature: 1.0, ..GREEDY };
+    let choices =
+        |sampling: &SamplingParams, n| requests(sampling.clone()).into_iter().map(move |r| Request { n, ..r }).collect::<Vec<_>>();
+    for sampling in [hot.clone(), everything(1.0), GREEDY] {
+        let (single, several) = (alone(choices(&sampling, 1)).await, alone(choices(&sampling, 4)).await);
+        for (single, several) in single.iter().zip(&several) {
+            assert_eq!(single[0], several[0]);
+            assert!(sampling != GREEDY || several.iter().all(|choice| *choice == several[0]), "greedy choices are the same");
+        }
+        assert_eq!(together(choices(&sampling, 4)).await, several);
+        assert_eq!(alone(choices(&sampling, 2)).await, several.iter().map(|choices| choices[..2].to_vec()).collect::<Vec<_>>());
+    }
+    // 12 requests of up to 19 tokens out of 48: two choices of more than a few tokens are never equal by chance.
+    let long: Vec<Vec<_>> = alone(choices(&hot, 4)).await.into_iter().filter(|choices| choices[0].0.len() > 5).collect();
+    assert!(long.len() > 3);
+    for choices in long {
+        assert_eq!(choices.iter().map(|(tokens, _)| tokens).collect::<BTreeSet<_>>().len(), 4, "{choices:?}");
+    }
+}
+
+#[tokio::test]
+async fn cached_tokens_are_those_of_earlier_requests() {
+    let (_folder, engine) = engine(large());
+    for expected in [0, 32] {
+        let mut events = engine.submit(&Request { n: 3, ..text((3..39).collect(), 2) }, &Span::none());
+        let mut cached = Vec::new();
+        while let Some(event) = events.recv().await {
+            if let Event::Token { choice, cached_tokens: Some(tokens), .. } = event {
+                cached.push((choice, tokens));
+            }
+        }
+        assert_eq!(cached, [(0, expected)]);
+    }
+}
+
+#[tokio::test]
+async fn cancelled_choice_ends_while_the_others_go_on() {
+    let (_folder, engine) = engine(large());
+    let mut events = engine.submit(&Request { n: 3, request_id: "a".into(), ..text(vec![5; 20], 400) }, &Span::none());
+    let Some(Event::Token { choice: 0, .. }) = events.recv().await else { panic!("choice 0 comes first") };
+    engine.cancel_choice("a".into(), 1);
+    let answers = collect_choices(events, 3).await;
+    let lengths: Vec<_> = answers.iter().map(|(tokens, reason)| (tokens.len() < 399, *reason)).collect();
+    assert_eq!(lengths, [(false, FinishReason::Length), (true, FinishReason::Cancelled), (false, FinishReason::Length)]);
+    while engine.stats().num_sequences.load(Ordering::Relaxed) > 0 {
+        tokio::task::yield_now().await;
     }
 }
 
@@ -144,7 +207,7 @@ async fn stop_ids_and_minimum_are_per_request() {
     let (_folder, engine) = engine(large());
     let answer = async |sampling: SamplingParams| {
         let request = Request { sampling, ..text(vec![5, 6, 7], 12) };
-        collect(engine.submit(request, Span::none())).await
+        collect(engine.submit(&request, &Span::none())).await
     };
     let (plain, reason) = answer(GREEDY).await;
     assert_eq!((plain.len(), reason), (12, FinishReason::Length), "the prompt must not end by itself");
@@ -174,7 +237,7 @@ async fn image_rows_replace_embeddings() {
     };
     let mut first_logprobs = Vec::new();
     for value in [0.1, -0.1] {
-        let mut events = engine.submit(request(value), Span::none());
+        let mut events = engine.submit(&request(value), &Span::none());
         let Some(Event::Token { logprobs: Some(logprobs), .. }) = events.recv().await else { panic!("a token comes first") };
         first_logprobs.push(logprobs);
     }
@@ -184,11 +247,11 @@ async fn image_rows_replace_embeddings() {
 #[tokio::test]
 async fn dropped_stream_frees_blocks() {
     let (_folder, engine) = engine(Config { max_num_batched_tokens: 7, max_num_seqs: 4, ..large() });
-    let mut events = engine.submit(text(vec![5; 20], 400), Span::none());
+    let mut events = engine.submit(&text(vec![5; 20], 400), &Span::none());
     assert!(matches!(events.recv().await, Some(Event::Token { .. })));
     drop(events);
     // The next request is scheduled in a step after the one that dropped the first.
-    collect(engine.submit(text(vec![6; 4], 2), Span::none())).await;
+    collect(engine.submit(&text(vec![6; 4], 2), &Span::none())).await;
     let all = engine.stats().num_blocks.load(Ordering::Relaxed);
     // Counts are published after the step that sent the last event.
     while engine.stats().num_free_blocks.load(Ordering::Relaxed) != all {
@@ -202,15 +265,15 @@ async fn prompt_lookup_changes_no_answer() {
         let (_folder, engine) = engine(Config { prompt_lookup_tokens: 3, ..large() });
         let mut answers = Vec::new();
         for request in requests(sampling.clone()) {
-            answers.push(collect(engine.submit(request, Span::none())).await);
+            answers.push(vec![collect(engine.submit(&request, &Span::none())).await]);
         }
-        assert_eq!(answers, alone(sampling).await);
+        assert_eq!(answers, alone(requests(sampling)).await);
     }
     // A tiny random model soon repeats itself: some guesses must be right, or none are ever accepted.
     let (_folder, plain) = engine(large());
     let (_folder, guessing) = engine(Config { prompt_lookup_tokens: 3, ..large() });
-    let answer = collect(plain.submit(text(vec![5, 6, 7], 200), Span::none())).await;
-    assert_eq!(collect(guessing.submit(text(vec![5, 6, 7], 200), Span::none())).await, answer);
+    let answer = collect(plain.submit(&text(vec![5, 6, 7], 200), &Span::none())).await;
+    assert_eq!(collect(guessing.submit(&text(vec![5, 6, 7], 200), &Span::none())).await, answer);
     let (drafted, accepted) =
         (guessing.stats().num_draft_tokens.load(Ordering::Relaxed), guessing.stats().num_accepted_tokens.load(Ordering::Relaxed));
     assert!(accepted > 0 && accepted <= drafted, "{accepted} of {drafted}");
@@ -227,10 +290,10 @@ async fn second_turn_reuses_the_first_and_answers_the_same() {
         Request { image_spans, cache_root, ..text(token_ids, 8) }
     };
     let (image_spans, cache_root) = (first.image_spans.clone(), BlockHash::root(&[b"a"]));
-    let (answer, _) = collect(engine.submit(Request { image_spans, cache_root, ..text(first.token_ids.clone(), 8) }, Span::none())).await;
+    let (answer, _) = collect(engine.submit(&Request { image_spans, cache_root, ..text(first.token_ids.clone(), 8) }, &Span::none())).await;
     let mut answers = Vec::new();
     for salt in [b"a", b"b"] {
-        let mut events = engine.submit(second(salt, &answer), Span::none());
+        let mut events = engine.submit(&second(salt, &answer), &Span::none());
         let Some(Event::Token { token_id, cached_tokens: Some(cached), .. }) = events.recv().await else { panic!("a token comes first") };
         let known = first.token_ids.len() + answer.len() - 1;
         // All full blocks of 16 that the first turn computed, for the same salt only.

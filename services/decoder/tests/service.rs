@@ -15,8 +15,8 @@ use idefics_kernels::{
 };
 use idefics_proto::{
     decoder::v1::{
-        GenerateRequest, ImageSpan, PutImageTokensRequest, ReleaseRequest, ReserveRequest, SamplingParams,
-        decoder_service_client::DecoderServiceClient, generate_response::Event,
+        CancelChoiceRequest, FinishReason, GenerateRequest, ImageSpan, PutImageTokensRequest, ReleaseRequest, ReserveRequest,
+        SamplingParams, decoder_service_client::DecoderServiceClient, generate_response::Event,
     },
     tensor::v1::{DataType, Tensor},
 };
@@ -46,7 +46,14 @@ fn config() -> Config {
 
 fn reserve(request_id: &str, keys: &[[u8; 32]]) -> ReserveRequest {
     let image_keys = keys.iter().map(|k| k.to_vec().into()).collect();
-    ReserveRequest { request_id: request_id.into(), model_fingerprint: FINGERPRINT.into(), image_keys, prompt_tokens: 6, max_new_tokens: 5 }
+    ReserveRequest {
+        request_id: request_id.into(),
+        model_fingerprint: FINGERPRINT.into(),
+        image_keys,
+        prompt_tokens: 6,
+        max_new_tokens: 5,
+        n: 1,
+    }
 }
 
 fn put(key: [u8; 32], rows: usize, value: f32) -> PutImageTokensRequest {
@@ -70,6 +77,7 @@ fn generate(request_id: &str, key: [u8; 32]) -> GenerateRequest {
         max_new_tokens: 5,
         sampling: Some(SamplingParams { logprobs: Some(2), ..greedy() }),
         cache_salt: Default::default(),
+        n: 1,
     }
 }
 
@@ -190,6 +198,45 @@ async fn admission_is_bounded_and_released() {
     assert_eq!(status.code(), Code::ResourceExhausted);
     client.release(ReleaseRequest { request_id: "a".into() }).await.unwrap();
     client.reserve(reserve("b", &[])).await.unwrap();
+}
+
+#[tokio::test]
+async fn each_choice_takes_a_place_in_the_queue() {
+    let (_folder, mut client) = client(Config { max_requests: 4, ..config() }, &Shutdown::default());
+    let with = |request_id: &str, n| ReserveRequest { n, ..reserve(request_id, &[]) };
+    client.reserve(with("a", 3)).await.unwrap();
+    assert_eq!(client.reserve(with("b", 2)).await.unwrap_err().code(), Code::ResourceExhausted);
+    client.reserve(with("b", 1)).await.unwrap();
+    client.release(ReleaseRequest { request_id: "a".into() }).await.unwrap();
+    client.reserve(with("c", 3)).await.unwrap();
+    let status = client.reserve(with("d", 5)).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert!(status.message().contains("decoder.max_requests"), "{}", status.message());
+    for n in [0, 17] {
+        let status = client.reserve(with("d", n)).await.unwrap_err();
+        assert_eq!(status::field_violations(&status).keys().collect::<Vec<_>>(), ["n"]);
+    }
+}
+
+#[tokio::test]
+async fn choices_end_one_by_one_and_one_can_be_cancelled() {
+    let (_folder, mut client) = client(config(), &Shutdown::default());
+    let key = [7; 32];
+    client.put_image_tokens(put(key, LATENTS, 0.5)).await.unwrap();
+    let mut stream = client.generate(GenerateRequest { n: 3, max_new_tokens: 400, ..generate("a", key) }).await.unwrap().into_inner();
+    let first = stream.message().await.unwrap().unwrap();
+    assert!(matches!(first.event, Some(Event::Token(token)) if token.choice == 0 && token.cached_tokens == Some(0)));
+    for (request_id, choice) in [("a", 1), ("a", 9), ("unknown", 0)] {
+        client.cancel_choice(CancelChoiceRequest { request_id: request_id.into(), choice }).await.unwrap();
+    }
+    let mut ends = Vec::new();
+    while let Some(message) = stream.message().await.unwrap() {
+        if let Some(Event::Finished(finished)) = message.event {
+            ends.push((finished.choice, finished.reason()));
+        }
+    }
+    ends.sort_by_key(|(choice, _)| *choice);
+    assert_eq!(ends, [(0, FinishReason::Length), (1, FinishReason::Cancelled), (2, FinishReason::Length)]);
 }
 
 #[tokio::test]

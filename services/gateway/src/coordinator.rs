@@ -7,11 +7,10 @@
 use crate::{
     GatewayConfig,
     call::Call,
-    detokenize::{Detokenizer, StopTexts},
     failure::{Failure, RETRY_AFTER},
     media::{Image, Media},
-    metrics,
     prompt::Prompt,
+    relay::{Progress, Relay, Stream},
     replicas::{Affinity, Decoder, Replicas},
     tokenizer::TextTokenizer,
     validate::{ImageOptions, Sampling},
@@ -20,13 +19,13 @@ use bytes::Bytes;
 use futures::future::try_join_all;
 use idefics_common::{channel::GrpcChannel, status};
 use idefics_proto::{
-    decoder::v1::{self as decoder, decoder_service_client::DecoderServiceClient, generate_response::Event as DecoderEvent},
+    decoder::v1::{self as decoder, decoder_service_client::DecoderServiceClient},
     gateway::v1::{self as pb, generation_event::Event},
     vision::v1 as vision,
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 /// Where the events of a generation go; bounded, so that a slow client slows only its own stream.
@@ -63,31 +62,6 @@ pub(crate) struct Coordinator {
     replicas: Arc<Replicas>,
     tokenizer: Arc<TextTokenizer>,
     timeouts: Timeouts,
-}
-
-/// What has happened to a request so far, over all attempts.
-#[derive(Default)]
-struct Progress {
-    started: bool,
-    timings: pb::Timings,
-    completion_tokens: u32,
-    cached_tokens: u32,
-    generate_at: Option<Instant>,
-    first_token_at: Option<Instant>,
-    last_token_at: Option<Instant>,
-}
-
-impl Progress {
-    fn note_token(&mut self, call: &Call) {
-        let now = Instant::now();
-        match self.last_token_at.replace(now) {
-            Some(last) => metrics::next_token(now - last),
-            None => {
-                self.first_token_at = Some(now);
-                metrics::first_token(call.elapsed());
-            }
-        }
-    }
 }
 
 impl Coordinator {
@@ -163,7 +137,8 @@ impl Coordinator {
         // From here on, dropping the stream is what cancels.
         reservation.keep();
         let span = tracing::info_span!("generate", request_id = job.call.request_id, decoder = decoder.uri);
-        self.relay(job, decoder, stream, events, progress).instrument(span).await
+        let relay = Relay::new(job, decoder, events, progress, &self.tokenizer);
+        relay.run(stream, self.timeouts.token).instrument(span).await
     }
 
     /// Asks for admission. The answer is the reservation and the images whose tokens the decoder lacks.
@@ -179,6 +154,7 @@ impl Coordinator {
             image_keys: job.media.images.iter().map(|image| image.key.to_wire()).collect(),
             prompt_tokens: job.prompt.token_ids.len() as u32,
             max_new_tokens,
+            n: job.sampling.n,
         };
         // Before the call: the decoder may admit a request whose answer nobody waits for any more.
         let reservation = Reservation::new(decoder, &job.call);
@@ -257,6 +233,7 @@ impl Coordinator {
             // What the context leaves may be less than the caller's minimum.
             sampling: Some(decoder::SamplingParams { min_new_tokens: params.min_new_tokens.min(max_new_tokens), ..params }),
             cache_salt: job.cache_salt.clone(),
+            n: job.sampling.n,
         };
         let mut client = decoder.client.clone();
         // A stream may outlast any limit of ours, but not the caller's deadline.
@@ -271,91 +248,6 @@ impl Coordinator {
             Err(_) => Err(Failure::timeout(decoder, self.timeouts.token)),
         }
     }
-
-    /// Turns the decoder's tokens into the caller's text.
-    async fn relay(
-        &self,
-        job: &Job,
-        decoder: &Arc<Decoder>,
-        mut stream: Stream,
-        events: &Events,
-        progress: &mut Progress,
-    ) -> Result<(), Failure> {
-        let mut detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer));
-        let mut stops = StopTexts::new(job.sampling.stop.clone());
-        loop {
-            let event = match stream.first.take() {
-                Some(event) => Some(event),
-                None => match tokio::time::timeout(self.timeouts.token, stream.events.message()).await {
-                    Ok(event) => event.map_err(|answer| Failure::from_peer(decoder, answer, &[]))?,
-                    Err(_) => return Err(Failure::timeout(decoder, self.timeouts.token)),
-                },
-            };
-            match event.and_then(|event| event.event) {
-                Some(DecoderEvent::Token(token)) => {
-                    progress.completion_tokens += 1;
-                    progress.cached_tokens = token.cached_tokens.unwrap_or(progress.cached_tokens);
-                    progress.note_token(&job.call);
-                    let piece = stops.push(&detokenizer.push(token.token_id));
-                    send(events, Event::Delta(delta(piece.text, token))).await?;
-                    if piece.stopped {
-                        drop(stream);
-                        return self.finish(job, pb::FinishReason::Stop, None, events, progress).await;
-                    }
-                }
-                Some(DecoderEvent::Finished(finished)) => {
-                    // The last characters may still complete a stop text.
-                    let piece = stops.push(&detokenizer.finish());
-                    let text = if piece.stopped { piece.text } else { piece.text + &stops.finish() };
-                    if !text.is_empty() {
-                        send(events, Event::Delta(pb::Delta { text, ..Default::default() })).await?;
-                    }
-                    let reason = match finished.reason() {
-                        _ if piece.stopped => pb::FinishReason::Stop,
-                        decoder::FinishReason::Length => pb::FinishReason::Length,
-                        decoder::FinishReason::Stop | decoder::FinishReason::Unspecified => pb::FinishReason::Stop,
-                    };
-                    return self.finish(job, reason, Some(finished), events, progress).await;
-                }
-                None => {
-                    let why = format!("decoder {} ended its stream early; retry later", decoder.uri);
-                    return Err(Failure::Elsewhere(status::unavailable(why, RETRY_AFTER)));
-                }
-            }
-        }
-    }
-
-    async fn finish(
-        &self,
-        job: &Job,
-        reason: pb::FinishReason,
-        finished: Option<decoder::Finished>,
-        events: &Events,
-        progress: &mut Progress,
-    ) -> Result<(), Failure> {
-        let total_ms = job.call.elapsed_ms();
-        let mut timings = progress.timings;
-        timings.total_ms = total_ms;
-        match finished {
-            Some(decoder::Finished { queue_ms, prefill_ms, decode_ms, .. }) => {
-                (timings.queue_ms, timings.prefill_ms, timings.decode_ms) = (queue_ms, prefill_ms, decode_ms);
-            }
-            // A stream that a stop text cut off says nothing about its phases; seen from here, prefill contains the queue.
-            None => {
-                let now = Instant::now();
-                let first_token_at = progress.first_token_at.unwrap_or(now);
-                let generate_at = progress.generate_at.unwrap_or(first_token_at);
-                timings.prefill_ms = first_token_at.duration_since(generate_at).as_secs_f64() * 1e3;
-                timings.decode_ms = now.duration_since(first_token_at).as_secs_f64() * 1e3;
-            }
-        }
-        let (prompt_tokens, image_tokens) = (job.prompt.token_ids.len() as u32, job.prompt.image_tokens);
-        let completion_tokens = progress.completion_tokens;
-        tracing::debug!(request_id = job.call.request_id, prompt_tokens, image_tokens, completion_tokens, total_ms, "finished");
-        let usage = pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens: progress.cached_tokens };
-        metrics::finished(&usage, job.call.elapsed());
-        send(events, Event::Finished(pb::Finished { reason: reason.into(), usage: Some(usage), timings: Some(timings) })).await
-    }
 }
 
 /// What all pictures of a request have in common.
@@ -366,12 +258,6 @@ struct EncodeTarget<'a> {
     model_fingerprint: &'a str,
     /// Empty: the tokens come back here.
     ship_to: &'a str,
-}
-
-/// A generation that has begun.
-struct Stream {
-    first: Option<decoder::GenerateResponse>,
-    events: Streaming<decoder::GenerateResponse>,
 }
 
 /// Gives a reservation back when it is dropped.
@@ -439,7 +325,7 @@ fn images_named<'a>(job: &'a Job, decoder: &Decoder, named: impl Fn(&Image) -> b
     Err(Failure::Final(Status::internal(format!("decoder {} named images that are not in the request", decoder.uri))))
 }
 
-async fn send(events: &Events, event: Event) -> Result<(), Failure> {
+pub(crate) async fn send(events: &Events, event: Event) -> Result<(), Failure> {
     // Nobody reads this status: the receiver is gone.
     events.send(Ok(pb::GenerationEvent { event: Some(event) })).await.map_err(|_| Failure::Final(Status::cancelled("the caller went away")))
 }
@@ -451,13 +337,6 @@ fn started(job: &Job) -> pb::Started {
         image_tokens: job.prompt.image_tokens,
         prompt_token_ids: if job.return_prompt_token_ids { job.prompt.token_ids.clone() } else { Vec::new() },
     }
-}
-
-fn delta(text: String, token: decoder::GeneratedToken) -> pb::Delta {
-    let top = |top: decoder::TokenLogprob| pb::TopLogprob { token_id: top.token_id, logprob: top.logprob };
-    let logprobs =
-        token.logprob.map(|logprob| pb::TokenLogprobs { token_id: token.token_id, logprob, top: token.top.into_iter().map(top).collect() });
-    pb::Delta { text, token_ids: vec![token.token_id], logprobs: logprobs.into_iter().collect() }
 }
 
 /// Keeps the longest of each phase.

@@ -1,7 +1,8 @@
 //! The gateway role: the public face of idefics-serve.
 //!
 //! A request is checked (`validate`), laid out (`template`), tokenized (`prompt`, `tokenizer`), its pictures are named
-//! (`media`); then it goes to the peers (`coordinator`, `replicas`), and their tokens come back as text (`detokenize`).
+//! (`media`); then it goes to the peers (`coordinator`, `replicas`), and their tokens come back as text (`relay`,
+//! `detokenize`).
 #![forbid(unsafe_code)]
 
 mod call;
@@ -12,6 +13,7 @@ mod failure;
 mod media;
 mod metrics;
 mod prompt;
+mod relay;
 mod replicas;
 mod service;
 mod template;

@@ -38,8 +38,8 @@ async fn request_is_admitted_then_encoded_then_generated() {
     let [started] = answer.started.as_slice() else { panic!("{:?}", answer.started) };
     assert_eq!((started.image_tokens, started.prompt_tokens as usize), (16, started.prompt_token_ids.len()));
     assert_eq!(started.prompt_token_ids.iter().filter(|id| **id == IMAGE).count(), 16);
+    assert_eq!(answer.reasons(), [pb::FinishReason::Stop]);
     let finished = answer.finished.unwrap();
-    assert_eq!(finished.reason(), pb::FinishReason::Stop);
     assert_eq!(
         finished.usage.unwrap(),
         pb::Usage { prompt_tokens: started.prompt_tokens, image_tokens: 16, completion_tokens: 5, cached_tokens: 0 }
@@ -124,7 +124,7 @@ async fn evicted_tokens_are_encoded_again_once() {
     let mut world = World::new().await;
     world.script([Script::Evicted, Script::Tokens(vec![399], FinishReason::Length)]);
     let answer = ask(&world, chat(vec![picture(b"one"), text("?")])).await;
-    assert_eq!((answer.finished.unwrap().reason(), answer.started.len()), (pb::FinishReason::Length, 1));
+    assert_eq!((answer.reasons(), answer.started.len()), (vec![pb::FinishReason::Length], 1));
     let names = world.asked_names(5).await;
     assert_eq!(names, ["decoder-0 reserve", "vision-0 encode", "decoder-0 generate", "vision-0 encode", "decoder-0 generate"]);
 
@@ -202,8 +202,8 @@ async fn stop_text_across_tokens_ends_the_answer_and_the_decoders_stream() {
     let answer = ask(&world, pb::ChatRequest { sampling: stop(&["zzz", "ink ri"]), ..chat(vec![text("?")]) }).await;
     assert_eq!(answer.text, "A p");
     assert!(answer.token_ids.len() < ids.len() && ids.starts_with(&answer.token_ids));
-    let finished = answer.finished.unwrap();
-    assert_eq!((finished.reason(), finished.usage.unwrap().completion_tokens as usize), (pb::FinishReason::Stop, answer.token_ids.len()));
+    assert_eq!(answer.reasons(), [pb::FinishReason::Stop]);
+    assert_eq!(answer.finished.unwrap().usage.unwrap().completion_tokens as usize, answer.token_ids.len());
     assert_eq!(world.asked_names(3).await, ["decoder-0 reserve", "decoder-0 generate", "generate dropped"]);
 }
 
@@ -213,7 +213,7 @@ async fn start_of_a_stop_text_is_shown_when_the_rest_never_comes() {
     let ids = spell(&world, "A pink").await;
     world.script([Script::Tokens(ids, FinishReason::Length)]);
     let answer = ask(&world, pb::ChatRequest { sampling: stop(&["pinkish"]), ..chat(vec![text("?")]) }).await;
-    assert_eq!((answer.text.as_str(), answer.finished.unwrap().reason()), ("A pink", pb::FinishReason::Length));
+    assert_eq!((answer.text.as_str(), answer.reasons()), ("A pink", vec![pb::FinishReason::Length]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -223,7 +223,7 @@ async fn stop_text_in_bytes_that_end_the_answer_is_found() {
     let ids = [vec![399], bytes("你好")].concat();
     world.script([Script::Tokens(ids, FinishReason::Length)]);
     let answer = ask(&world, pb::ChatRequest { sampling: stop(&["好"]), ..chat(vec![text("?")]) }).await;
-    assert_eq!((answer.text.as_str(), answer.finished.unwrap().reason()), ("A你", pb::FinishReason::Stop));
+    assert_eq!((answer.text.as_str(), answer.reasons()), ("A你", vec![pb::FinishReason::Stop]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -261,6 +261,7 @@ async fn every_sampling_option_reaches_the_decoder() {
         stop_token_ids: vec![8, 9],
         min_new_tokens: Some(100_000),
         ignore_eos: true,
+        n: Some(3),
     };
     ask(&world, pb::ChatRequest { sampling: Some(options), ..chat(vec![text("?")]) }).await;
     world.asked().await;
@@ -283,6 +284,7 @@ async fn every_sampling_option_reaches_the_decoder() {
         ignore_eos: true,
     };
     assert!(request.max_new_tokens < 100_000);
+    assert_eq!(request.n, 3);
     assert_eq!(request.sampling, Some(expected));
 }
 

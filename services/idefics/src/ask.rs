@@ -26,16 +26,18 @@ pub(crate) async fn run(args: AskArgs) -> Result<()> {
         Request::Chat(request) => Events::Chat(endpoint.client.chat(request).await.map_err(describe)?.into_inner()),
         Request::Generate(request) => Events::Generate(endpoint.client.generate(request).await.map_err(describe)?.into_inner()),
     };
-    let mut answer = Answer::default();
+    let n = args.n.unwrap_or(1) as usize;
+    let mut answer = Answer { choices: vec![Choice::default(); n], ..Answer::default() };
     while let Some(event) = events.next().await? {
         match event {
             Event::Started(started) => answer.started = started,
             Event::Delta(delta) => {
-                if !args.json {
+                // Several answers at once would mix on the terminal.
+                if !args.json && n == 1 {
                     print!("{}", delta.text);
                     std::io::stdout().flush()?;
                 }
-                answer.push(delta);
+                answer.push(delta)?;
             }
             Event::Finished(finished) => answer.finished = Some(finished),
         }
@@ -44,8 +46,14 @@ pub(crate) async fn run(args: AskArgs) -> Result<()> {
     if args.json {
         println!("{}", to_json(&answer, &finished, endpoint.load_ms, args.logprobs.is_some()));
     } else {
-        println!();
-        eprintln!("{}", summary(&finished, endpoint.load_ms));
+        if n > 1 {
+            for (i, choice) in answer.choices.iter().enumerate() {
+                println!("--- choice {i} ({})\n{}", name(choice.finish_reason), choice.text);
+            }
+        } else {
+            println!();
+        }
+        eprintln!("{}", summary(&answer, &finished, endpoint.load_ms));
     }
     Ok(())
 }
@@ -74,17 +82,27 @@ impl Events {
 #[derive(Default)]
 struct Answer {
     started: Started,
-    text: String,
-    token_ids: Vec<u32>,
-    logprobs: Vec<TokenLogprobs>,
+    choices: Vec<Choice>,
     finished: Option<Finished>,
 }
 
+#[derive(Clone, Default)]
+struct Choice {
+    text: String,
+    token_ids: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
+    finish_reason: FinishReason,
+}
+
 impl Answer {
-    fn push(&mut self, delta: Delta) {
-        self.text.push_str(&delta.text);
-        self.token_ids.extend(delta.token_ids);
-        self.logprobs.extend(delta.logprobs);
+    fn push(&mut self, delta: Delta) -> Result<()> {
+        let reason = delta.finish_reason();
+        let choice = self.choices.get_mut(delta.choice as usize).context("the gateway sent a choice that was not asked for")?;
+        choice.text.push_str(&delta.text);
+        choice.token_ids.extend(delta.token_ids);
+        choice.logprobs.extend(delta.logprobs);
+        choice.finish_reason = reason;
+        Ok(())
     }
 }
 
@@ -106,6 +124,7 @@ fn request(args: &AskArgs) -> Result<Request> {
         stop_token_ids: args.stop_token_ids.clone(),
         min_new_tokens: args.min_new_tokens,
         ignore_eos: args.ignore_eos,
+        n: args.n,
     });
     let image_options = Some(image_options(&args.image_options));
     let images = args.images.iter().map(|path| read_image(path)).collect::<Result<Vec<_>>>()?;
@@ -175,8 +194,8 @@ fn read_near(path: &Path, folder: &Path) -> Result<Image> {
     if path.exists() { read_image(path) } else { read_image(&folder.join(path)) }
 }
 
-fn finish_reason(finished: &Finished) -> &'static str {
-    match finished.reason() {
+fn name(reason: FinishReason) -> &'static str {
+    match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
         FinishReason::Unspecified => "unspecified",
@@ -203,32 +222,46 @@ fn to_json(answer: &Answer, finished: &Finished, load_ms: Option<f64>, with_logp
     let usage = finished.usage.unwrap_or_default();
     let timings: Map<String, Value> =
         phases(&finished.timings.unwrap_or_default(), load_ms).into_iter().map(|(name, ms)| (name.to_owned(), json!(ms))).collect();
-    let mut object = json!({
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "prompt_token_ids": answer.started.prompt_token_ids,
-        "finish_reason": finish_reason(finished),
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "image_tokens": usage.image_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "cached_tokens": usage.cached_tokens,
-        },
-        "timings_ms": timings,
+    let choices = answer.choices.iter().map(|choice| choice_json(choice, with_logprobs));
+    let mut choices: Vec<Map<String, Value>> = choices.collect();
+    // The first choice's fields stand in the object itself, with others or without.
+    let mut object = choices.first().cloned().unwrap_or_default();
+    object.insert("prompt_token_ids".into(), json!(answer.started.prompt_token_ids));
+    let usage = json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "image_tokens": usage.image_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
     });
+    object.insert("usage".into(), usage);
+    object.insert("timings_ms".into(), timings.into());
+    if choices.len() > 1 {
+        let choices: Vec<Value> = choices.drain(..).map(Value::Object).collect();
+        object.insert("choices".into(), choices.into());
+    }
+    object.into()
+}
+
+fn choice_json(choice: &Choice, with_logprobs: bool) -> Map<String, Value> {
+    let mut object = Map::new();
+    object.insert("text".into(), json!(choice.text));
+    object.insert("token_ids".into(), json!(choice.token_ids));
+    object.insert("finish_reason".into(), json!(name(choice.finish_reason)));
     if with_logprobs {
-        let entries = answer.logprobs.iter().map(|l| {
-            let top: Vec<Value> = l.top.iter().map(|t| json!({"token_id": t.token_id, "logprob": t.logprob})).collect();
-            json!({"token_id": l.token_id, "logprob": l.logprob, "top": top})
-        });
-        object["logprobs"] = entries.collect();
+        object.insert("logprobs".into(), choice.logprobs.iter().map(logprobs_json).collect());
     }
     object
 }
 
+fn logprobs_json(logprobs: &TokenLogprobs) -> Value {
+    let top: Vec<Value> = logprobs.top.iter().map(|t| json!({"token_id": t.token_id, "logprob": t.logprob})).collect();
+    json!({"token_id": logprobs.token_id, "logprob": logprobs.logprob, "top": top})
+}
+
 /// Where the time went, on one line.
-fn summary(finished: &Finished, load_ms: Option<f64>) -> String {
+fn summary(answer: &Answer, finished: &Finished, load_ms: Option<f64>) -> String {
     let (usage, timings) = (finished.usage.unwrap_or_default(), finished.timings.unwrap_or_default());
+    let reasons: Vec<&str> = answer.choices.iter().map(|choice| name(choice.finish_reason)).collect();
     let mut line = String::from("[");
     for (name, ms) in phases(&timings, load_ms) {
         // Writing to a string cannot fail.
@@ -240,7 +273,7 @@ fn summary(finished: &Finished, load_ms: Option<f64>) -> String {
         usage.prompt_tokens,
         usage.image_tokens,
         usage.completion_tokens,
-        finish_reason(finished)
+        reasons.join(", ")
     );
     line
 }

@@ -109,6 +109,9 @@ pub(crate) struct AskArgs {
     /// Make sampling repeatable
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
+    /// Generate N answers, from 1 to 16 [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) n: Option<u32>,
     /// End before this text; may be repeated
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,

@@ -40,6 +40,13 @@ impl Sampler {
         Self { history: History::new(&params, prompt), rng: ChaCha8Rng::seed_from_u64(params.seed), params }
     }
 
+    /// Draws from another random stream of the same seed: what it draws is independent of what other streams do.
+    #[must_use]
+    pub fn with_stream(mut self, stream: u64) -> Self {
+        self.rng.set_stream(stream);
+        self
+    }
+
     /// The next token, which counts as generated from here on. `banned` is never chosen; `stop` are the checkpoint's own stop
     /// ids. Log-probabilities are of the model's own distribution, before anything that the request asks for. `None` if no
     /// logit is finite.

@@ -8,6 +8,8 @@ use std::ops::RangeInclusive;
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Sampling {
     pub(crate) max_new_tokens: u32,
+    /// Answers to generate.
+    pub(crate) n: u32,
     pub(crate) stop: Vec<String>,
     /// What the decoder is told.
     pub(crate) params: SamplingParams,
@@ -23,6 +25,7 @@ const LOGIT_BIASES: RangeInclusive<f32> = -100.0..=100.0;
 const MAX_LOGIT_BIASES: usize = 1024;
 const MAX_STOP_TOKEN_IDS: usize = 16;
 const MAX_LOGPROBS: u32 = 20;
+const CHOICES: RangeInclusive<u32> = 1..=16;
 
 impl Check<'_> {
     pub(super) fn sampling(&mut self, options: pb::SamplingOptions) -> Sampling {
@@ -36,6 +39,10 @@ impl Check<'_> {
         }
         if let Some(logprobs) = options.logprobs.filter(|n| *n > MAX_LOGPROBS) {
             self.refuse("sampling.logprobs", format!("is {logprobs}, expected from 0 to {MAX_LOGPROBS}"));
+        }
+        let n = options.n.unwrap_or(1);
+        if !CHOICES.contains(&n) {
+            self.refuse("sampling.n", format!("is {n}, expected from {} to {}", CHOICES.start(), CHOICES.end()));
         }
         let params = SamplingParams {
             // -0.0 is within the range; the decoder compares with 0.
@@ -57,7 +64,7 @@ impl Check<'_> {
         self.logit_bias(&params);
         self.stop_token_ids(&params);
         self.stop_texts(&options.stop);
-        Sampling { max_new_tokens, stop: options.stop, params }
+        Sampling { max_new_tokens, n, stop: options.stop, params }
     }
 
     fn number(&mut self, field: &str, value: Option<f32>, default: f32, range: RangeInclusive<f32>) -> f32 {
@@ -169,6 +176,9 @@ mod tests {
         assert_eq!(stop(vec!["x".repeat(256); 16]), NONE);
         assert_eq!(stop(vec!["x".into(); 17]), ["sampling.stop"]);
         assert_eq!(stop(vec!["x".repeat(257), String::new()]), ["sampling.stop[0]", "sampling.stop[1]"]);
+        let n = |n| fields(pb::SamplingOptions { n: Some(n), ..Default::default() });
+        [1, 16].into_iter().for_each(|good| assert_eq!(n(good), NONE));
+        [0, 17, u32::MAX].into_iter().for_each(|bad| assert_eq!(n(bad), ["sampling.n"]));
     }
 
     #[test]
@@ -199,6 +209,6 @@ mod tests {
     fn defaults_change_nothing() {
         let (sampling, _) = check(pb::SamplingOptions::default());
         let params = SamplingParams { top_p: 1.0, typical_p: 1.0, repetition_penalty: 1.0, ..Default::default() };
-        assert_eq!(sampling, Sampling { max_new_tokens: 256, stop: vec![], params });
+        assert_eq!(sampling, Sampling { max_new_tokens: 256, n: 1, stop: vec![], params });
     }
 }

@@ -62,6 +62,7 @@ pub enum Asked {
     Encode { vision: String, request: vision::EncodeRequest, timeout: Option<String> },
     EncodeDropped,
     Generate { decoder: String, request: decoder::GenerateRequest },
+    CancelChoice { decoder: String, request: decoder::CancelChoiceRequest },
     GenerateDropped,
 }
 
@@ -74,6 +75,7 @@ impl Asked {
             Self::Encode { vision, .. } => format!("{vision} encode"),
             Self::EncodeDropped => "encode dropped".into(),
             Self::Generate { decoder, .. } => format!("{decoder} generate"),
+            Self::CancelChoice { decoder, request } => format!("{decoder} cancel choice {}", request.choice),
             Self::GenerateDropped => "generate dropped".into(),
         }
     }
@@ -84,6 +86,8 @@ impl Asked {
 pub enum Script {
     /// Sends these tokens, then the end.
     Tokens(Vec<u32>, decoder::FinishReason),
+    /// Sends these tokens, each with its choice, then the end of these choices, then nothing more.
+    Choices(Vec<(u32, u32)>, Vec<(u32, decoder::FinishReason)>),
     /// Sends these tokens, then nothing more.
     TokensThenNothing(Vec<u32>),
     /// Sends these tokens, then breaks off.
@@ -189,17 +193,27 @@ impl DecoderService for FakeDecoder {
                 token_id,
                 logprob: Some(-0.5),
                 top,
-                cached_tokens: None,
+                ..Default::default()
             })))
         };
-        let end = |reason: decoder::FinishReason| {
-            let finished = decoder::Finished { reason: reason.into(), queue_ms: 1.0, prefill_ms: 2.0, decode_ms: 3.0 };
+        let end_of = |(choice, reason): (u32, decoder::FinishReason)| {
+            let decode_ms = 3.0 + f64::from(choice);
+            let finished = decoder::Finished { choice, reason: reason.into(), queue_ms: 1.0, prefill_ms: 2.0, decode_ms };
             Ok(event(decoder::generate_response::Event::Finished(finished)))
         };
+        let end = |reason: decoder::FinishReason| end_of((0, reason));
         let events: Events = match script {
             Script::Tokens(ids, reason) => Box::pin(stream::iter(ids.into_iter().map(token).chain([end(reason)]).collect::<Vec<_>>())),
             Script::Logprobs(ids) => {
                 Box::pin(stream::iter(ids.into_iter().map(with_logprob).chain([end(decoder::FinishReason::Stop)]).collect::<Vec<_>>()))
+            }
+            Script::Choices(tokens, ends) => {
+                let of_choice = |(choice, token_id): (u32, u32)| {
+                    let token = decoder::GeneratedToken { choice, token_id, ..Default::default() };
+                    Ok(event(decoder::generate_response::Event::Token(token)))
+                };
+                let events = tokens.into_iter().map(of_choice).chain(ends.into_iter().map(end_of)).collect::<Vec<_>>();
+                Box::pin(stream::iter(events).chain(stream::pending()))
             }
             Script::TokensThenNothing(ids) => {
                 Box::pin(stream::iter(ids.into_iter().map(token).collect::<Vec<_>>()).chain(stream::pending()))
@@ -220,6 +234,14 @@ impl DecoderService for FakeDecoder {
             let _ = &guard;
             event
         }))))
+    }
+
+    async fn cancel_choice(
+        &self,
+        request: Request<decoder::CancelChoiceRequest>,
+    ) -> Result<Response<decoder::CancelChoiceResponse>, Status> {
+        self.0.report(Asked::CancelChoice { decoder: self.0.uri.clone(), request: request.into_inner() });
+        Ok(Response::new(decoder::CancelChoiceResponse {}))
     }
 
     async fn get_info(&self, _: Request<decoder::GetInfoRequest>) -> Result<Response<decoder::GetInfoResponse>, Status> {
@@ -441,10 +463,11 @@ pub fn chat(content: Vec<pb::ContentPart>) -> pb::ChatRequest {
     pb::ChatRequest { messages: vec![user(content)], ..Default::default() }
 }
 
-/// A whole answer.
+/// A whole answer; text, ids and log-probabilities of all choices behind one another in the order in which they came.
 #[derive(Debug, Default)]
 pub struct Answer {
     pub started: Vec<pb::Started>,
+    pub deltas: Vec<pb::Delta>,
     pub text: String,
     pub token_ids: Vec<u32>,
     pub logprobs: Vec<pb::TokenLogprobs>,
@@ -459,11 +482,24 @@ impl Answer {
             Event::Started(started) => self.started.push(started),
             Event::Delta(delta) => {
                 self.text += &delta.text;
-                self.token_ids.extend(delta.token_ids);
-                self.logprobs.extend(delta.logprobs);
+                self.token_ids.extend(delta.token_ids.iter().copied());
+                self.logprobs.extend(delta.logprobs.iter().cloned());
+                self.deltas.push(delta);
             }
             Event::Finished(finished) => self.finished = Some(finished),
         }
+    }
+
+    /// Why each choice ended, which its last delta says too.
+    pub fn reasons(&self) -> Vec<pb::FinishReason> {
+        let reasons: Vec<_> = self.finished.as_ref().expect("it has finished").finish_reasons().collect();
+        for (choice, reason) in reasons.iter().enumerate() {
+            let of_choice: Vec<_> = self.deltas.iter().filter(|delta| delta.choice as usize == choice).collect();
+            let (last, before) = of_choice.split_last().expect("every choice has a delta");
+            assert_eq!(last.finish_reason(), *reason);
+            assert!(before.iter().all(|delta| delta.finish_reason() == pb::FinishReason::Unspecified));
+        }
+        reasons
     }
 }
 

@@ -1,8 +1,8 @@
 //! A decoder that notes what is shipped to it, or refuses it.
 
 use idefics_proto::decoder::v1::{
-    GenerateRequest, GenerateResponse, GetInfoRequest, GetInfoResponse, PutImageTokensRequest, PutImageTokensResponse, ReleaseRequest,
-    ReleaseResponse, ReserveRequest, ReserveResponse, decoder_service_server::DecoderService,
+    CancelChoiceRequest, CancelChoiceResponse, GenerateRequest, GenerateResponse, GetInfoRequest, GetInfoResponse, PutImageTokensRequest,
+    PutImageTokensResponse, ReleaseRequest, ReleaseResponse, ReserveRequest, ReserveResponse, decoder_service_server::DecoderService,
 };
 use std::sync::{Arc, Mutex};
 use tonic::{Request, Response, Status};
@@ -36,6 +36,10 @@ impl DecoderService for FakeDecoder {
     }
 
     async fn generate(&self, _: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        Err(Status::unimplemented("vision does not call it"))
+    }
+
+    async fn cancel_choice(&self, _: Request<CancelChoiceRequest>) -> Result<Response<CancelChoiceResponse>, Status> {
         Err(Status::unimplemented("vision does not call it"))
     }
 
