@@ -120,6 +120,7 @@ impl Reply {
                 self.text.push_str(&text);
                 self.token_ids.extend(token_ids);
             }
+            Event::PromptLogprobs(_) => {}
             Event::Finished(finished) => self.finished = finished,
         }
     }

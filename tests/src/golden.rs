@@ -1,6 +1,9 @@
 //! The reference values in `golden/`, and how far an answer may be from them.
 
-use crate::{process::Answer, synthetic};
+use crate::{
+    process::{Answer, TokenLogprobs},
+    synthetic,
+};
 use safetensors::SafeTensors;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -104,6 +107,22 @@ pub struct SamplingCase {
 /// The cases of `demo/sampling.json`.
 pub fn sampling_cases() -> Vec<SamplingCase> {
     read("demo/sampling.json")
+}
+
+/// Log-probabilities of a prompt of the demo checkpoint.
+#[derive(Debug, Deserialize)]
+pub struct PromptLogprobsCase {
+    /// Index into [`demo_cases`], whose messages it has.
+    pub case: usize,
+    /// Of each token but the first.
+    pub logprobs: Vec<f64>,
+    /// The most likely tokens in its place.
+    pub top: Vec<Vec<(u32, f64)>>,
+}
+
+/// The cases of `demo/prompt_logprobs.json`.
+pub fn prompt_logprobs_cases() -> Vec<PromptLogprobsCase> {
+    read("demo/prompt_logprobs.json")
 }
 
 /// A case of the random checkpoint: a conversation or a raw prompt.
@@ -270,18 +289,40 @@ pub fn write_messages(messages: &Value, to: &Path, locate: impl Fn(&str) -> Path
 /// # Panics
 /// If a step or one of the tokens is missing; ask for a few more tokens than the reference has, as equals may swap places.
 pub fn logprob_difference(answer: &Answer, reference: &[Vec<(u32, f64)>]) -> f64 {
-    let mut worst: f64 = 0.0;
-    for (step, expected) in reference.iter().enumerate() {
+    let steps = reference.iter().enumerate().map(|(step, expected)| {
         let found = answer.logprobs.get(step).unwrap_or_else(|| panic!("no log-probabilities at step {step}"));
         let chosen = found.top.iter().find(|top| top.token_id == found.token_id).expect("the greedy token is among the most likely");
         assert!((chosen.logprob - found.logprob).abs() < 1e-6, "step {step} has two log-probabilities for the generated token");
-        for (token_id, logprob) in expected {
-            let top = found.top.iter().find(|top| top.token_id == *token_id);
-            let top = top.unwrap_or_else(|| panic!("step {step}: token {token_id} is not among the most likely: {found:?}"));
-            let difference = (top.logprob - logprob).abs();
-            assert!(!difference.is_nan(), "step {step}: {top:?}");
-            worst = worst.max(difference);
-        }
-    }
-    worst
+        top_difference(found, expected)
+    });
+    steps.fold(0.0, f64::max)
+}
+
+/// The largest difference between the log-probabilities of a prompt and the reference's, of its tokens and of the most likely.
+///
+/// # Panics
+/// As [`logprob_difference`], or if the answer has other tokens than the prompt.
+pub fn prompt_logprob_difference(answer: &Answer, reference: &PromptLogprobsCase) -> f64 {
+    let (first, rest) = answer.prompt_logprobs.split_first().expect("one for each token of the prompt");
+    assert!(first.is_none(), "nothing foretells the first token");
+    let ids: Vec<u32> = rest.iter().flatten().map(|found| found.token_id).collect();
+    assert_eq!(ids, answer.prompt_token_ids[1..]);
+    assert_eq!(ids.len(), reference.logprobs.len());
+    let places = rest.iter().flatten().zip(reference.logprobs.iter().zip(&reference.top));
+    places.map(|(found, (own, top))| top_difference(found, top).max(number(found.logprob - own).abs())).fold(0.0, f64::max)
+}
+
+fn top_difference(found: &TokenLogprobs, expected: &[(u32, f64)]) -> f64 {
+    let differences = expected.iter().map(|(token_id, logprob)| {
+        let top = found.top.iter().find(|top| top.token_id == *token_id);
+        let top = top.unwrap_or_else(|| panic!("token {token_id} is not among the most likely: {found:?}"));
+        number(top.logprob - logprob).abs()
+    });
+    differences.fold(0.0, f64::max)
+}
+
+/// `f64::max` would pass over a NaN.
+fn number(value: f64) -> f64 {
+    assert!(!value.is_nan(), "a log-probability is not a number");
+    value
 }

@@ -34,6 +34,9 @@ pub struct Answer {
     /// One per token, if asked for.
     #[serde(default)]
     pub logprobs: Vec<TokenLogprobs>,
+    /// One per token of the prompt, none for the first, if asked for.
+    #[serde(default)]
+    pub prompt_logprobs: Vec<Option<TokenLogprobs>>,
     /// All choices, if more than one was asked for; the fields above are those of the first.
     #[serde(default)]
     pub choices: Vec<Choice>,
@@ -64,7 +67,7 @@ pub struct Usage {
 /// Log-probabilities of one step.
 #[derive(Clone, Debug, Deserialize)]
 pub struct TokenLogprobs {
-    /// The generated token.
+    /// The token that is there.
     pub token_id: u32,
     /// Its log-probability.
     pub logprob: f64,

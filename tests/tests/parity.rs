@@ -57,6 +57,25 @@ fn penalised_demo_answers_equal_the_reference() {
 }
 
 #[test]
+fn demo_prompts_have_the_log_probabilities_of_the_reference() {
+    let server = IDEFICS.serve(None);
+    let folder = tempfile::tempdir().unwrap();
+    let sources = golden::demo_cases();
+    for case in &golden::prompt_logprobs_cases() {
+        let messages = folder.path().join(format!("{}.json", case.case));
+        golden::write_messages(&sources[case.case].messages, &messages, golden::demo_picture);
+        // The first request leaves its prompt in the cache, and the second must not take it from there.
+        for _ in 0..2 {
+            let mut args = args(&["--endpoint", &server.endpoint(), "--no-split", "--max-new-tokens", "1", "--prompt-logprobs", "5"]);
+            args.extend(["--messages".into(), messages.clone().into()]);
+            let difference = golden::prompt_logprob_difference(&IDEFICS.ask(args), case);
+            println!("demo case {:2}: prompt's log-probabilities within {difference:.1e}", case.case);
+            assert!(difference <= LOGPROB_TOLERANCE, "case {}: log-probabilities differ by {difference:.1e}", case.case);
+        }
+    }
+}
+
+#[test]
 fn demo_image_tokens_equal_the_reference() {
     let server = IDEFICS.serve(None);
     check_encodes(&server, "demo", 16, |name| golden::demo_picture(name).into());

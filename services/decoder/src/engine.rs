@@ -4,9 +4,9 @@ use crate::{
     config::Config,
     metrics::{EngineMetrics, Levels},
     model_runner::{CacheSize, ModelRunner},
-    sampler::Scratch,
+    sampler::{Scratch, logprobs},
     scheduler::{Scheduled, Scheduler},
-    sequence::{Event, Request, Sequence},
+    sequence::{Event, Logprobs, Request, Sequence},
 };
 use idefics_common::checkpoint::ModelConfig;
 use idefics_kernels::{Backend, Error, Result, weights::Weights};
@@ -98,7 +98,7 @@ impl Engine {
     }
 
     /// Queues a request, whose prompt and answer must fit into [`max_model_tokens`](Self::max_model_tokens); the events of all
-    /// its choices come out of the receiver, at most `max_new_tokens + 1` for each. Dropping the receiver cancels them within
+    /// its choices come out of the receiver, at most `max_new_tokens + 1` for each behind the prompt's log-probabilities. Dropping the receiver cancels them within
     /// one step. If the engine has ended, the receiver is closed.
     pub fn submit(&self, request: &Request, span: &Span) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
@@ -230,11 +230,26 @@ impl<B: Backend> Worker<B> {
         let started_at = Instant::now();
         let running = self.scheduler.running();
         step.iter().for_each(|part| running[part.sequence].mark_started());
-        let outputs = self.runner.run(step, running)?;
+        let mut prompt_logprobs: Vec<(usize, (u32, Logprobs))> = Vec::new();
+        let outputs = self.runner.run(step, running, &mut |i, position, logits| {
+            let token_id = running[i].token_ids[position + 1];
+            prompt_logprobs.push((i, (token_id, logprobs(logits, token_id, running[i].prompt_top()))));
+        })?;
         let num_outputs = outputs.len();
         let (mut finished, mut failed) = (Vec::new(), Vec::new());
+        for of_sequence in prompt_logprobs.chunk_by(|a, b| a.0 == b.0) {
+            let sequence = &mut running[of_sequence[0].0];
+            if of_sequence.iter().any(|(_, (_, logprobs))| logprobs.logprob.is_nan()) {
+                failed.push(sequence.number());
+            } else {
+                sequence.report_prompt(of_sequence.iter().map(|(_, token)| token.clone()).collect());
+            }
+        }
         for (i, logits) in outputs {
             let sequence = &mut running[i];
+            if failed.contains(&sequence.number()) {
+                continue;
+            }
             let draft = std::mem::take(&mut sequence.draft);
             let (before, drafted) = (sequence.token_ids.len(), draft.len());
             let mut accepted = 0;
@@ -281,6 +296,7 @@ impl<B: Backend> Worker<B> {
 
     /// Ends requests with all their choices, each with one error.
     fn fail_requests(&mut self, mut numbers: Vec<u64>, error: &str) {
+        numbers.sort_unstable();
         numbers.dedup();
         for number in &numbers {
             if let Some(sequence) = self.scheduler.running().iter().find(|sequence| sequence.number() == *number) {

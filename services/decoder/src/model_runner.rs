@@ -22,8 +22,18 @@ pub struct ModelRunner<B: Backend> {
     hidden: usize,
     vocab_size: usize,
     max_blocks: usize,
+    /// Rows whose next token the workspace has room for.
+    max_outputs: usize,
     logits: Vec<f32>,
+    prompt_logits: Vec<f32>,
 }
+
+/// Fewest rows whose logits the workspace has room for. The head is read once for as many rows of a prompt whose
+/// log-probabilities are wanted: as many as make that cheap, and few enough that their logits take no memory to speak of.
+const MIN_OUTPUTS: usize = 32;
+
+/// Called with the index of a sequence, a position of its prompt and the logits `[vocab]` of the token behind it.
+pub type OnPromptLogits<'a> = &'a mut dyn FnMut(usize, usize, &[f32]);
 
 /// Size of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +92,7 @@ impl<B: Backend> ModelRunner<B> {
         let loaded = Mistral::load(&WeightLoader::new(&backend, weights, progress), text, model.tie_word_embeddings)?;
         let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
         // A next token is wanted behind every guess.
-        let outputs = tokens.min(seqs * (1 + config.prompt_lookup_tokens));
+        let outputs = tokens.min((seqs * (1 + config.prompt_lookup_tokens)).max(MIN_OUTPUTS));
         let kv_size = text.num_key_value_heads * text.head_dim();
         let max_blocks = cache.max_model_tokens.div_ceil(config.block_size_tokens);
         let slots = cache.num_blocks * config.block_size_tokens;
@@ -108,7 +118,9 @@ impl<B: Backend> ModelRunner<B> {
             hidden: text.hidden_size,
             vocab_size: text.vocab_size,
             max_blocks,
+            max_outputs: outputs,
             logits: Vec::new(),
+            prompt_logits: Vec::new(),
             model: loaded,
             backend,
         })
@@ -120,11 +132,12 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Computes the step. Returns, in the order of `step`, the logits of each sequence whose last token was computed: pairs of
-    /// the sequence's index and its rows `[1 + drafts, vocab]`, behind the last token and behind each guess.
+    /// the sequence's index and its rows `[1 + drafts, vocab]`, behind the last token and behind each guess. `on_prompt` is
+    /// called before, for every position of the step whose next prompt token's log-probability is wanted, in order.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn run(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<(usize, &[f32])>> {
+    pub fn run(&mut self, step: &[Scheduled], sequences: &[Sequence], on_prompt: OnPromptLogits<'_>) -> Result<Vec<(usize, &[f32])>> {
         let outputs = self.prepare(step, sequences)?;
         let has_images = self.prepare_images(step, sequences)?;
         let Self { backend, model, kv, workspace, inputs, images, .. } = self;
@@ -140,6 +153,7 @@ impl<B: Backend> ModelRunner<B> {
         if rows > 0 {
             self.backend.download(self.workspace.logits(), &mut self.logits)?;
         }
+        self.run_prompt(step, sequences, on_prompt)?;
         let mut rest = &self.logits[..];
         let split = outputs.into_iter().map(|(sequence, rows)| {
             let (logits, behind) = rest.split_at(rows * self.vocab_size);
@@ -190,6 +204,32 @@ impl<B: Backend> ModelRunner<B> {
             self.backend.upload(values, tensor)?;
         }
         Ok(outputs)
+    }
+
+    /// Applies the head to the rows of prompts whose logits are wanted, as many at a time as the workspace has room for:
+    /// `[prompt, vocab]` is never there at once.
+    fn run_prompt(&mut self, step: &[Scheduled], sequences: &[Sequence], on_prompt: OnPromptLogits<'_>) -> Result<()> {
+        let mut wanted = Vec::new();
+        let mut first_row = 0;
+        for part in step {
+            let sequence = &sequences[part.sequence];
+            let start = sequence.num_computed;
+            let positions = sequence.unreported_positions(start..start + part.num_tokens);
+            wanted.extend(positions.map(|position| (part.sequence, position, (first_row + position - start) as i32)));
+            first_row += part.num_tokens;
+        }
+        for slice in wanted.chunks(self.max_outputs) {
+            let rows: Vec<i32> = slice.iter().map(|(_, _, row)| *row).collect();
+            self.inputs.output_rows.set_rows(rows.len())?;
+            self.backend.upload(&rows, &mut self.inputs.output_rows)?;
+            self.model.head(&self.backend, &self.inputs.output_rows, &mut self.workspace)?;
+            self.prompt_logits.resize(rows.len() * self.vocab_size, 0.0);
+            self.backend.download(self.workspace.logits(), &mut self.prompt_logits)?;
+            for ((sequence, position, _), logits) in slice.iter().zip(self.prompt_logits.chunks_exact(self.vocab_size)) {
+                on_prompt(*sequence, *position, logits);
+            }
+        }
+        Ok(())
     }
 
     /// Uploads the image rows of the step's tokens; returns whether there are any.

@@ -229,8 +229,7 @@ impl Scheduler {
     fn admit(&mut self, i: usize) -> bool {
         let Some(sequence) = self.waiting.front_mut() else { return false };
         let block_size = self.blocks.block_size();
-        // The last token must be computed: its logits are wanted.
-        let cacheable = (sequence.token_ids.len() - 1) / block_size;
+        let cacheable = sequence.max_cached() / block_size;
         let hashes: Vec<_> = (0..cacheable).map(|index| sequence.block_hash(index, block_size)).collect();
         let (cached, cached_free) = self.blocks.lookup(&hashes);
         let needed = self.blocks.blocks_for(sequence.token_ids.len()) - cached;

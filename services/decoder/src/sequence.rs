@@ -90,6 +90,8 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
+    /// Log-probabilities of the prompt's tokens and of this many most likely ones in their places.
+    pub prompt_logprobs: Option<u32>,
     /// What precedes the prompt in the prefix cache: only requests with the same root share blocks.
     pub cache_root: BlockHash,
 }
@@ -112,6 +114,9 @@ pub struct Logprobs {
     pub top: Vec<TokenLogprob>,
 }
 
+/// Most tokens in [`Event::PromptLogprobs`]: with 20 likely ones each, some 70 kB on the wire.
+pub const MAX_PROMPT_LOGPROBS: usize = 256;
+
 /// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
@@ -126,6 +131,13 @@ pub enum FinishReason {
 /// What the engine reports of a request. Each choice ends with `Finished`, unless the request ends with `Failed`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// Log-probabilities of tokens of the prompt, if asked for: before any token, once for each but the first, in order.
+    PromptLogprobs {
+        /// Index in the prompt of the first of them.
+        start: usize,
+        /// The tokens, at most [`MAX_PROMPT_LOGPROBS`].
+        tokens: Vec<(u32, Logprobs)>,
+    },
     /// A generated token.
     Token {
         /// Which answer it belongs to, from 0.
@@ -154,6 +166,15 @@ pub enum Event {
     Failed(String),
 }
 
+/// Log-probabilities of the prompt that a sequence reports.
+#[derive(Clone, Copy, Debug)]
+struct PromptLogprobs {
+    /// Most likely tokens in each place.
+    top: usize,
+    /// Index of the first token that is not reported yet. Who gives blocks back keeps it, so that each is reported once.
+    next: usize,
+}
+
 /// One choice of a request, with its state.
 pub struct Sequence {
     /// Names it in logs.
@@ -180,14 +201,15 @@ pub struct Sequence {
     pub choice: usize,
     /// Choices of the same request that wait for this one's prompt to be in the cache.
     pub siblings: Vec<Self>,
-    /// Where the events of all choices go. At most `max_new_tokens + 1` are ever sent for each, which bounds what a slow
-    /// reader can hold.
+    /// Where the events of all choices go. At most `max_new_tokens + 1` are ever sent for each, and the prompt's
+    /// log-probabilities once, which bounds what a slow reader can hold.
     pub events: mpsc::UnboundedSender<Event>,
     /// The caller's span.
     pub span: Span,
     /// Hashes of its full blocks, as far as they were needed; the root first.
     block_hashes: Vec<BlockHash>,
     number: u64,
+    prompt_logprobs: Option<PromptLogprobs>,
     cached_tokens: Option<usize>,
     submitted_at: Instant,
     started_at: Option<Instant>,
@@ -215,12 +237,15 @@ impl Sequence {
             span: span.clone(),
             block_hashes: vec![request.cache_root],
             number: 0,
+            prompt_logprobs: None,
             cached_tokens: None,
             submitted_at,
             started_at: None,
             first_token_at: None,
         };
-        Self { siblings: (1..request.n).map(choice).collect(), ..choice(0) }
+        // The first token has no place before it that could foretell it.
+        let prompt_logprobs = request.prompt_logprobs.map(|top| PromptLogprobs { top: top as usize, next: 1 });
+        Self { siblings: (1..request.n).map(choice).collect(), prompt_logprobs, ..choice(0) }
     }
 
     /// Its place in the order of the scheduler: less is earlier. The choices of a request stand together.
@@ -243,7 +268,7 @@ impl Sequence {
     pub fn take_heir(&mut self) -> Option<Self> {
         let mut siblings = std::mem::take(&mut self.siblings).into_iter();
         let heir = siblings.next()?;
-        Some(Self { siblings: siblings.collect(), ..heir })
+        Some(Self { siblings: siblings.collect(), prompt_logprobs: self.prompt_logprobs.take(), ..heir })
     }
 
     /// Tokens that it may have at the end.
@@ -254,6 +279,33 @@ impl Sequence {
     /// Tokens that wait for their forward pass: the rest of the prompt, or the last generated one.
     pub fn num_pending(&self) -> usize {
         self.token_ids.len() - self.num_computed
+    }
+
+    /// Most tokens whose keys and values may come from the cache: not those behind which logits are wanted, be it for the next
+    /// token or for the prompt's log-probabilities.
+    pub fn max_cached(&self) -> usize {
+        let reported = self.prompt_logprobs.filter(|p| p.next < self.prompt_len).map(|p| p.next - 1);
+        reported.unwrap_or(self.token_ids.len() - 1)
+    }
+
+    /// The positions in `computed` behind which a token of the prompt stands whose log-probability is still to be reported.
+    pub fn unreported_positions(&self, computed: Range<usize>) -> Range<usize> {
+        let Some(PromptLogprobs { next, .. }) = self.prompt_logprobs else { return 0..0 };
+        computed.start.max(next - 1)..computed.end.min(self.prompt_len - 1)
+    }
+
+    /// Most likely tokens that it reports in each place of the prompt.
+    pub fn prompt_top(&self) -> usize {
+        self.prompt_logprobs.map_or(0, |p| p.top)
+    }
+
+    /// Reports the log-probabilities of the next tokens of the prompt.
+    pub fn report_prompt(&mut self, tokens: Vec<(u32, Logprobs)>) {
+        let Some(PromptLogprobs { next, .. }) = &mut self.prompt_logprobs else { return };
+        for tokens in tokens.chunks(MAX_PROMPT_LOGPROBS) {
+            drop(self.events.send(Event::PromptLogprobs { start: *next, tokens: tokens.to_vec() }));
+            *next += tokens.len();
+        }
     }
 
     /// Whether nobody reads its events any more.

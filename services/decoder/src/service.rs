@@ -5,7 +5,7 @@ use crate::{
     config::Config,
     engine::Engine,
     image_store::{ImageKey, ImageStore, ImageTokens, StoreError},
-    sequence::{Event, FinishReason, ImageSpan, Logprobs, Request as EngineRequest, SamplingParams},
+    sequence::{Event, FinishReason, ImageSpan, Logprobs, Request as EngineRequest, SamplingParams, TokenLogprob},
 };
 use idefics_common::{
     channel::MAX_MESSAGE_BYTES,
@@ -165,6 +165,9 @@ impl Decoder {
             let what = format!("has {} bytes, expected at most {MAX_CACHE_SALT_BYTES}", request.cache_salt.len());
             violations.push(Violation::new("cache_salt", what));
         }
+        if let Some(n) = request.prompt_logprobs.filter(|n| *n > MAX_LOGPROBS) {
+            violations.push(Violation::new("prompt_logprobs", format!("is {n}, expected from 0 to {MAX_LOGPROBS}")));
+        }
         if violations.is_empty() { Ok(keys) } else { Err(violations) }
     }
 
@@ -188,6 +191,7 @@ impl Decoder {
             n: request.n as usize,
             max_new_tokens: request.max_new_tokens as usize,
             sampling,
+            prompt_logprobs: request.prompt_logprobs,
             cache_root: BlockHash::root(&[self.fingerprint.as_bytes(), &request.cache_salt]),
         })
     }
@@ -289,6 +293,11 @@ fn responses(events: UnboundedReceiver<Event>, n: usize, shutdown: Shutdown) -> 
                 }
             };
             Some(match event {
+                Some(Event::PromptLogprobs { start, tokens }) => {
+                    let tokens = tokens.into_iter().map(prompt_token).collect();
+                    let prompt = pb::PromptLogprobs { start: start as u32, tokens };
+                    (Ok(response(PbEvent::PromptLogprobs(prompt))), Some((events, left)))
+                }
                 Some(Event::Token { choice, token_id, logprobs, cached_tokens }) => {
                     let token = to_wire(choice, token_id, logprobs, cached_tokens);
                     (Ok(response(PbEvent::Token(token))), Some((events, left)))
@@ -315,9 +324,16 @@ fn response(event: PbEvent) -> pb::GenerateResponse {
 
 fn to_wire(choice: usize, token_id: u32, logprobs: Option<Logprobs>, cached_tokens: Option<usize>) -> pb::GeneratedToken {
     let logprob = logprobs.as_ref().map(|l| l.logprob);
-    let top = logprobs.map(|l| l.top).unwrap_or_default();
-    let top = top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect();
+    let top = logprobs.map(|l| top(l.top)).unwrap_or_default();
     pb::GeneratedToken { token_id, logprob, top, cached_tokens: cached_tokens.map(|n| n as u32), choice: choice as u32 }
+}
+
+fn prompt_token((token_id, logprobs): (u32, Logprobs)) -> pb::PromptToken {
+    pb::PromptToken { token_id, logprob: logprobs.logprob, top: top(logprobs.top) }
+}
+
+fn top(top: Vec<TokenLogprob>) -> Vec<pb::TokenLogprob> {
+    top.into_iter().map(|t| pb::TokenLogprob { token_id: t.token_id, logprob: t.logprob }).collect()
 }
 
 fn ended() -> Status {

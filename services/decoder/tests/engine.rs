@@ -7,7 +7,7 @@ use idefics_decoder::{
     Config, Engine, EngineOptions,
     block_manager::BlockHash,
     image_store::{ImageKey, ImageTokens},
-    sequence::{Event, FinishReason, ImageSpan, Request, SamplingParams},
+    sequence::{Event, FinishReason, ImageSpan, Logprobs, Request, SamplingParams},
 };
 use idefics_kernels::{
     DType,
@@ -50,7 +50,16 @@ fn large() -> Config {
 
 fn text(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
     let cache_root = BlockHash::root(&[]);
-    Request { request_id: "test".into(), token_ids, image_spans: vec![], n: 1, max_new_tokens, sampling: GREEDY, cache_root }
+    Request {
+        request_id: "test".into(),
+        token_ids,
+        image_spans: vec![],
+        n: 1,
+        max_new_tokens,
+        sampling: GREEDY,
+        prompt_logprobs: None,
+        cache_root,
+    }
 }
 
 /// A prompt of random ids with an image in the middle of every other one.
@@ -102,6 +111,7 @@ async fn collect_choices(mut events: UnboundedReceiver<Event>, n: usize) -> Vec<
     let mut reasons = vec![None; n];
     while reasons.contains(&None) {
         match events.recv().await.expect("every choice ends with an event") {
+            Event::PromptLogprobs { .. } => {}
             Event::Token { choice, token_id, .. } => tokens[choice].push(token_id),
             Event::Finished { choice, reason, .. } => assert_eq!(reasons[choice].replace(reason), None, "choice {choice} ended twice"),
             Event::Failed(error) => panic!("{error}"),
@@ -322,4 +332,62 @@ async fn context_beyond_the_cache_is_refused_at_start() {
     assert_eq!(start(Config { kv_cache_bytes: 512 * 64, ..large() }), Ok(64));
     assert!(start(Config { kv_cache_bytes: 512 * 64, max_model_tokens: 65, ..large() }).unwrap_err().contains("kv_cache_bytes"));
     assert!(start(Config { max_model_tokens: 513, ..large() }).unwrap_err().contains("max_position_embeddings"));
+}
+
+/// The log-probabilities of the prompt but its first token, then the answer of choice 0 with its own.
+async fn with_logprobs(mut events: UnboundedReceiver<Event>) -> (Vec<(u32, Logprobs)>, Vec<(u32, Logprobs)>) {
+    let (mut prompt, mut answer) = (Vec::new(), Vec::new());
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::PromptLogprobs { start, tokens } => {
+                assert_eq!((start, answer.len()), (prompt.len() + 1, 0), "in order, and before the answer");
+                prompt.extend(tokens);
+            }
+            Event::Token { choice: 0, token_id, logprobs, .. } => answer.push((token_id, logprobs.expect("they were asked for"))),
+            Event::Token { .. } | Event::Finished { .. } => {}
+            Event::Failed(error) => panic!("{error}"),
+        }
+    }
+    (prompt, answer)
+}
+
+/// Logits of size 1 from sums of some hundred products in f32, added in another order where tokens are computed together.
+const LOGPROB_TOLERANCE: f32 = 1e-4;
+
+fn assert_close(found: &[(u32, Logprobs)], expected: &[(u32, Logprobs)]) {
+    assert_eq!(found.len(), expected.len());
+    for (i, ((id, found), (expected_id, expected))) in found.iter().zip(expected).enumerate() {
+        assert_eq!((id, found.top.len()), (expected_id, expected.top.len()), "place {i}");
+        let values = |l: &Logprobs| [vec![l.logprob], l.top.iter().map(|t| t.logprob).collect()].concat();
+        for (a, b) in values(found).into_iter().zip(values(expected)) {
+            assert!((a - b).abs() <= LOGPROB_TOLERANCE, "place {i}: {a} for {b}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn prompt_logprobs_are_those_that_generation_had() {
+    let requests = || {
+        let sampling = SamplingParams { logprobs: Some(3), temperature: 1.0, ..GREEDY };
+        requests(sampling).into_iter().map(|r| Request { max_new_tokens: 12, prompt_logprobs: Some(3), ..r }).collect::<Vec<_>>()
+    };
+    let (_folder, engine) = engine(large());
+    let mut alone = Vec::new();
+    for request in requests() {
+        let (prompt, answer) = with_logprobs(engine.submit(&request, &Span::none())).await;
+        assert_eq!(prompt.iter().map(|(id, _)| *id).collect::<Vec<_>>(), request.token_ids[1..]);
+        let token_ids = request.token_ids.iter().copied().chain(answer.iter().map(|(id, _)| *id)).collect();
+        let (again, _) = with_logprobs(engine.submit(&Request { token_ids, max_new_tokens: 1, ..request }, &Span::none())).await;
+        assert_close(&again, &[&prompt[..], &answer].concat());
+        alone.push((prompt, answer));
+    }
+    // Together, with choices beside, by seven tokens a step and in few blocks: each place once, with the same values.
+    let (_folder, engine) = self::engine(small());
+    let receivers: Vec<_> = requests().into_iter().map(|r| engine.submit(&Request { n: 2, ..r }, &Span::none())).collect();
+    for (events, (prompt, answer)) in receivers.into_iter().zip(&alone) {
+        let (found, found_answer) = with_logprobs(events).await;
+        assert_close(&found, prompt);
+        assert_close(&found_answer, answer);
+    }
+    assert!(engine.stats().num_preemptions.load(Ordering::Relaxed) > 0, "the pool must be small enough to matter");
 }

@@ -78,6 +78,7 @@ fn generate(request_id: &str, key: [u8; 32]) -> GenerateRequest {
         sampling: Some(SamplingParams { logprobs: Some(2), ..greedy() }),
         cache_salt: Default::default(),
         n: 1,
+        prompt_logprobs: None,
     }
 }
 
@@ -89,18 +90,24 @@ async fn reserved_shipped_and_generated() {
     assert_eq!(reserved.missing_image_keys, [key.to_vec()]);
     client.put_image_tokens(put(key, LATENTS, 0.5)).await.unwrap();
     assert!(client.reserve(reserve("b", &[key])).await.unwrap().into_inner().missing_image_keys.is_empty());
-    let mut stream = client.generate(generate("a", key)).await.unwrap().into_inner();
-    let (mut tokens, mut finished) = (0, 0);
+    let mut stream = client.generate(GenerateRequest { prompt_logprobs: Some(4), ..generate("a", key) }).await.unwrap().into_inner();
+    let (mut prompt, mut tokens, mut finished) = (Vec::new(), 0, 0);
     while let Some(message) = stream.message().await.unwrap() {
         match message.event.unwrap() {
             Event::Token(token) => {
                 assert_eq!((token.top.len(), token.logprob.is_some()), (2, true));
                 tokens += 1;
             }
+            Event::PromptLogprobs(part) => {
+                assert_eq!((part.start, tokens), (1, 0));
+                assert!(part.tokens.iter().all(|token| token.logprob < 0.0 && token.top.len() == 4));
+                prompt.extend(part.tokens.iter().map(|token| token.token_id));
+            }
             Event::Finished(_) => finished += 1,
         }
     }
     assert_eq!((tokens, finished), (5, 1));
+    assert_eq!(prompt, [vec![IMAGE; LATENTS], vec![6]].concat());
 }
 
 #[tokio::test]
@@ -146,6 +153,7 @@ async fn bad_prompts_are_refused_with_every_violation() {
     request.token_ids.push(VOCAB as u32);
     request.token_ids.push(IMAGE);
     request.image_spans[0].start = 2;
+    request.prompt_logprobs = Some(21);
     request.sampling = Some(SamplingParams {
         temperature: f32::NAN,
         top_p: 0.0,
@@ -165,6 +173,7 @@ async fn bad_prompts_are_refused_with_every_violation() {
     let past_the_vocabulary = format!("sampling.logit_bias[{VOCAB}]");
     let expected = [
         "image_spans[0].start",
+        "prompt_logprobs",
         "sampling.frequency_penalty",
         past_the_vocabulary.as_str(),
         "sampling.logit_bias[5]",

@@ -74,7 +74,7 @@ impl Coordinator {
         Self { replicas, tokenizer, timeouts }
     }
 
-    /// Runs a request to its end. Until its first token it goes to another decoder if one fails.
+    /// Runs a request to its end. Until the first of its answer it goes to another decoder if one fails.
     ///
     /// # Errors
     /// The status for the caller.
@@ -89,7 +89,7 @@ impl Coordinator {
         for decoder in &decoders {
             match self.attempt(job, decoder, events, &mut progress).await {
                 Ok(()) => return Ok(()),
-                Err(Failure::Elsewhere(status)) if progress.completion_tokens == 0 => {
+                Err(Failure::Elsewhere(status)) if !progress.answered => {
                     tracing::debug!(decoder = decoder.uri, code = ?status.code(), "decoder did not take the request");
                     // A full decoder tells the caller more than one that is down.
                     last = last.filter(|last: &Status| last.code() == tonic::Code::ResourceExhausted).or(Some(status));
@@ -234,6 +234,7 @@ impl Coordinator {
             sampling: Some(decoder::SamplingParams { min_new_tokens: params.min_new_tokens.min(max_new_tokens), ..params }),
             cache_salt: job.cache_salt.clone(),
             n: job.sampling.n,
+            prompt_logprobs: job.sampling.prompt_logprobs,
         };
         let mut client = decoder.client.clone();
         // A stream may outlast any limit of ours, but not the caller's deadline.

@@ -23,8 +23,10 @@ use tonic::{Request, Status, Streaming};
 pub(crate) struct Progress {
     /// The caller was told that the request was accepted.
     pub(crate) started: bool,
+    /// Something of the answer has reached the caller: another decoder cannot start over.
+    pub(crate) answered: bool,
     pub(crate) timings: pb::Timings,
-    pub(crate) completion_tokens: u32,
+    completion_tokens: u32,
     cached_tokens: u32,
     pub(crate) generate_at: Option<Instant>,
     first_token_at: Option<Instant>,
@@ -99,7 +101,10 @@ impl<'a> Relay<'a> {
     /// What the decoder answered, or that the caller has gone.
     pub(crate) async fn run(mut self, mut stream: Stream, limit: Duration) -> Result<(), Failure> {
         while !self.all_ended() {
-            match stream.next(self.decoder, limit).await? {
+            let event = stream.next(self.decoder, limit).await?;
+            self.progress.answered = true;
+            match event {
+                DecoderEvent::PromptLogprobs(part) => send(self.events, Event::PromptLogprobs(prompt_logprobs(part))).await?,
                 DecoderEvent::Token(token) => self.token(token).await?,
                 DecoderEvent::Finished(finished) => self.end_of_choice(finished).await?,
             }
@@ -222,9 +227,7 @@ impl<'a> Relay<'a> {
 }
 
 fn delta(text: String, token: decoder::GeneratedToken, stopped: bool) -> pb::Delta {
-    let top = |top: decoder::TokenLogprob| pb::TopLogprob { token_id: top.token_id, logprob: top.logprob };
-    let logprobs =
-        token.logprob.map(|logprob| pb::TokenLogprobs { token_id: token.token_id, logprob, top: token.top.into_iter().map(top).collect() });
+    let logprobs = token.logprob.map(|logprob| pb::TokenLogprobs { token_id: token.token_id, logprob, top: top(token.top) });
     let finish_reason = if stopped { pb::FinishReason::Stop } else { pb::FinishReason::Unspecified };
     pb::Delta {
         text,
@@ -233,4 +236,13 @@ fn delta(text: String, token: decoder::GeneratedToken, stopped: bool) -> pb::Del
         choice: token.choice,
         finish_reason: finish_reason.into(),
     }
+}
+
+fn prompt_logprobs(part: decoder::PromptLogprobs) -> pb::PromptLogprobs {
+    let token = |token: decoder::PromptToken| pb::TokenLogprobs { token_id: token.token_id, logprob: token.logprob, top: top(token.top) };
+    pb::PromptLogprobs { start: part.start, tokens: part.tokens.into_iter().map(token).collect() }
+}
+
+fn top(top: Vec<decoder::TokenLogprob>) -> Vec<pb::TopLogprob> {
+    top.into_iter().map(|top| pb::TopLogprob { token_id: top.token_id, logprob: top.logprob }).collect()
 }

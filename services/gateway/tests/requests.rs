@@ -5,7 +5,7 @@ mod support;
 use idefics_common::status::field_violations;
 use idefics_gateway::GatewayConfig;
 use idefics_proto::{
-    decoder::v1::{FinishReason, SamplingParams},
+    decoder::v1::{FinishReason, PromptLogprobs, PromptToken, SamplingParams, TokenLogprob},
     gateway::v1::{self as pb, generation_event::Event},
 };
 use std::time::Duration;
@@ -241,6 +241,24 @@ async fn log_probabilities_come_with_their_tokens() {
     assert_eq!((sampling.logprobs, sampling.seed, sampling.top_k, sampling.temperature, sampling.top_p), (Some(2), Some(7), 3, 0.5, 1.0));
 }
 
+/// What the caller has of the prompt would come twice.
+#[tokio::test(start_paused = true)]
+async fn no_other_decoder_starts_over_once_a_part_of_the_prompt_was_sent() {
+    let mut world = Setup { decoders: 2, ..Setup::default() }.ready().await;
+    let top = vec![TokenLogprob { token_id: 5, logprob: -1.5 }];
+    let part = PromptLogprobs { start: 1, tokens: vec![PromptToken { token_id: 7, logprob: -2.5, top }] };
+    world.script([Script::PromptThenError(part, Code::Unavailable)]);
+    let sampling = Some(pb::SamplingOptions { prompt_logprobs: Some(1), ..Default::default() });
+    let answer = ask(&world, pb::ChatRequest { sampling, ..chat(vec![text("?")]) }).await;
+    assert_eq!(answer.error.unwrap().code(), Code::Unavailable);
+    let top = vec![pb::TopLogprob { token_id: 5, logprob: -1.5 }];
+    let tokens = vec![pb::TokenLogprobs { token_id: 7, logprob: -2.5, top }];
+    assert_eq!(answer.prompt_logprobs, [pb::PromptLogprobs { start: 1, tokens }]);
+    let generated = world.asked_names(3).await.iter().filter(|name| name.ends_with("generate")).count();
+    world.settle().await;
+    assert_eq!((generated, world.asked_more()), (1, None));
+}
+
 #[tokio::test(start_paused = true)]
 async fn every_sampling_option_reaches_the_decoder() {
     let mut world = World::new().await;
@@ -262,6 +280,7 @@ async fn every_sampling_option_reaches_the_decoder() {
         min_new_tokens: Some(100_000),
         ignore_eos: true,
         n: Some(3),
+        prompt_logprobs: Some(4),
     };
     ask(&world, pb::ChatRequest { sampling: Some(options), ..chat(vec![text("?")]) }).await;
     world.asked().await;
@@ -284,7 +303,7 @@ async fn every_sampling_option_reaches_the_decoder() {
         ignore_eos: true,
     };
     assert!(request.max_new_tokens < 100_000);
-    assert_eq!(request.n, 3);
+    assert_eq!((request.n, request.prompt_logprobs), (3, Some(4)));
     assert_eq!(request.sampling, Some(expected));
 }
 

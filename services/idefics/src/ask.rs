@@ -39,12 +39,13 @@ pub(crate) async fn run(args: AskArgs) -> Result<()> {
                 }
                 answer.push(delta)?;
             }
+            Event::PromptLogprobs(part) => answer.prompt_logprobs.extend(part.tokens),
             Event::Finished(finished) => answer.finished = Some(finished),
         }
     }
     let finished = answer.finished.take().context("the gateway ended the stream early")?;
     if args.json {
-        println!("{}", to_json(&answer, &finished, endpoint.load_ms, args.logprobs.is_some()));
+        println!("{}", to_json(&answer, &finished, endpoint.load_ms, &args));
     } else {
         if n > 1 {
             for (i, choice) in answer.choices.iter().enumerate() {
@@ -82,6 +83,8 @@ impl Events {
 #[derive(Default)]
 struct Answer {
     started: Started,
+    /// Of the prompt's tokens but the first.
+    prompt_logprobs: Vec<TokenLogprobs>,
     choices: Vec<Choice>,
     finished: Option<Finished>,
 }
@@ -125,6 +128,7 @@ fn request(args: &AskArgs) -> Result<Request> {
         min_new_tokens: args.min_new_tokens,
         ignore_eos: args.ignore_eos,
         n: args.n,
+        prompt_logprobs: args.prompt_logprobs,
     });
     let image_options = Some(image_options(&args.image_options));
     let images = args.images.iter().map(|path| read_image(path)).collect::<Result<Vec<_>>>()?;
@@ -218,15 +222,20 @@ fn phases(timings: &Timings, load_ms: Option<f64>) -> Vec<(&'static str, f64)> {
     phases
 }
 
-fn to_json(answer: &Answer, finished: &Finished, load_ms: Option<f64>, with_logprobs: bool) -> Value {
+fn to_json(answer: &Answer, finished: &Finished, load_ms: Option<f64>, args: &AskArgs) -> Value {
     let usage = finished.usage.unwrap_or_default();
     let timings: Map<String, Value> =
         phases(&finished.timings.unwrap_or_default(), load_ms).into_iter().map(|(name, ms)| (name.to_owned(), json!(ms))).collect();
-    let choices = answer.choices.iter().map(|choice| choice_json(choice, with_logprobs));
+    let choices = answer.choices.iter().map(|choice| choice_json(choice, args.logprobs.is_some()));
     let mut choices: Vec<Map<String, Value>> = choices.collect();
     // The first choice's fields stand in the object itself, with others or without.
     let mut object = choices.first().cloned().unwrap_or_default();
     object.insert("prompt_token_ids".into(), json!(answer.started.prompt_token_ids));
+    if args.prompt_logprobs.is_some() {
+        // One for each of the prompt's tokens; the first has none.
+        let tokens = answer.prompt_logprobs.iter().map(logprobs_json);
+        object.insert("prompt_logprobs".into(), std::iter::once(Value::Null).chain(tokens).collect());
+    }
     let usage = json!({
         "prompt_tokens": usage.prompt_tokens,
         "image_tokens": usage.image_tokens,

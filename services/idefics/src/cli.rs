@@ -127,6 +127,9 @@ pub(crate) struct AskArgs {
     /// Report log-probabilities of each token and of the N most likely ones
     #[arg(long, value_name = "N", requires = "json")]
     pub(crate) logprobs: Option<u32>,
+    /// Report log-probabilities of each of the prompt's tokens but the first and of the N most likely ones
+    #[arg(long, value_name = "N", requires = "json")]
+    pub(crate) prompt_logprobs: Option<u32>,
     /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,

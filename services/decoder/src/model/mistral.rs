@@ -161,17 +161,21 @@ impl<B: Backend> Workspace<B> {
         })
     }
 
-    fn set_rows(&mut self, tokens: usize, outputs: usize) -> Result<()> {
+    fn set_tokens(&mut self, tokens: usize) -> Result<()> {
         for tensor in [&mut self.hidden, &mut self.normed, &mut self.qkv, &mut self.attention, &mut self.gate_up, &mut self.activated] {
             tensor.set_rows(tokens)?;
         }
+        Ok(())
+    }
+
+    fn set_outputs(&mut self, outputs: usize) -> Result<()> {
         for tensor in [&mut self.outputs, &mut self.normed_outputs, &mut self.logits] {
             tensor.set_rows(outputs)?;
         }
         Ok(())
     }
 
-    /// `[outputs, vocab]` f32, of the last step.
+    /// `[outputs, vocab]` f32, of the last step or the last call of [`Mistral::head`].
     pub fn logits(&self) -> &Tensor<B> {
         &self.logits
     }
@@ -222,7 +226,7 @@ impl<B: Backend> Mistral<B> {
         kv: &mut [KvCache<B>],
         ws: &mut Workspace<B>,
     ) -> Result<()> {
-        ws.set_rows(step.token_ids.rows(), step.output_rows.rows())?;
+        ws.set_tokens(step.token_ids.rows())?;
         let paged = PagedAttention {
             positions: &step.positions,
             cu_seqlens_q: &step.cu_seqlens_q,
@@ -239,10 +243,17 @@ impl<B: Backend> Mistral<B> {
         for (layer, kv) in self.layers.iter().zip(kv) {
             layer.forward(backend, ws, kv, step, &paged, self.eps)?;
         }
-        if step.output_rows.rows() == 0 {
-            return Ok(());
-        }
-        backend.gather_rows(&ws.hidden, &step.output_rows, &mut ws.outputs)?;
+        if step.output_rows.rows() == 0 { Ok(()) } else { self.head(backend, &step.output_rows, ws) }
+    }
+
+    /// Logits of the next token behind `rows` (`[n, 1]` i32) of the last [`forward`](Self::forward), left in `ws`; n is at most
+    /// the outputs that `ws` has room for.
+    ///
+    /// # Errors
+    /// If there are more rows, or the device fails.
+    pub fn head(&self, backend: &B, rows: &Tensor<B>, ws: &mut Workspace<B>) -> Result<()> {
+        ws.set_outputs(rows.rows())?;
+        backend.gather_rows(&ws.hidden, rows, &mut ws.outputs)?;
         backend.rms_norm(&ws.outputs, &self.norm, self.eps, &mut ws.normed_outputs)?;
         let lm_head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         backend.linear(&ws.normed_outputs, lm_head, None, Epilogue::Store, &mut ws.logits)

@@ -2,8 +2,8 @@
 
 use crate::sequence::{Logprobs, TokenLogprob};
 
-/// Of `token_id` and of the `top` most likely tokens.
-pub(super) fn logprobs(logits: &[f32], token_id: u32, top: usize) -> Logprobs {
+/// Of `token_id` and of the `top` most likely tokens. Not a number if any logit is not.
+pub(crate) fn logprobs(logits: &[f32], token_id: u32, top: usize) -> Logprobs {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
     let of = |logit: f32| (f64::from(logit - max) - sum.ln()) as f32;

@@ -11,6 +11,7 @@ mod processors;
 mod warpers;
 
 use crate::sequence::{Logprobs, SamplingParams};
+pub(crate) use logprobs::logprobs;
 use processors::History;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -59,7 +60,7 @@ impl Sampler {
             draw(&scratch.candidates, total, self.rng.random())?
         };
         self.history.push(token_id);
-        Some((token_id, self.params.logprobs.map(|n| logprobs::logprobs(logits, token_id, n as usize))))
+        Some((token_id, self.params.logprobs.map(|n| logprobs(logits, token_id, n as usize))))
     }
 
     /// Whether `token_id` ends generation; `stop` as in [`sample`](Self::sample).

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     block_manager::BlockHash,
-    sequence::{Event, Request, SamplingParams},
+    sequence::{Event, Logprobs, MAX_PROMPT_LOGPROBS, Request, SamplingParams},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -12,7 +12,16 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 fn request(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
     let cache_root = BlockHash::root(&[]);
-    Request { request_id: "r".into(), token_ids, image_spans: vec![], n: 1, max_new_tokens, sampling: SamplingParams::GREEDY, cache_root }
+    Request {
+        request_id: "r".into(),
+        token_ids,
+        image_spans: vec![],
+        n: 1,
+        max_new_tokens,
+        sampling: SamplingParams::GREEDY,
+        prompt_logprobs: None,
+        cache_root,
+    }
 }
 
 fn submit(request: &Request) -> (Sequence, UnboundedReceiver<Event>) {
@@ -34,6 +43,9 @@ fn run(scheduler: &mut Scheduler, step: &[Scheduled]) -> usize {
     let mut finished = Vec::new();
     for part in step {
         let sequence = &mut scheduler.running()[part.sequence];
+        // Each place of the prompt is reported with its index for a token.
+        let wanted = sequence.unreported_positions(sequence.num_computed..sequence.num_computed + part.num_tokens);
+        sequence.report_prompt(wanted.map(|position| (position as u32 + 1, Logprobs { logprob: 0.0, top: vec![] })).collect());
         // Guesses are right every other time.
         let right = if sequence.token_ids.len().is_multiple_of(2) { part.num_drafts } else { 0 };
         let ends_at_last = sequence.num_pending() + part.num_drafts == part.num_tokens;
@@ -167,12 +179,27 @@ fn check_sharing(scheduler: &mut Scheduler) {
     assert_eq!(held.len() + scheduler.blocks().num_free(), scheduler.blocks().num_blocks(), "a block leaked");
 }
 
-/// How many tokens each choice got, if each ended once and nothing came behind its end.
-fn ended_once(receiver: &mut UnboundedReceiver<Event>, n: usize) -> Vec<(usize, FinishReason)> {
+/// What a request got.
+struct Ended {
+    /// Tokens of each choice and why it ended.
+    choices: Vec<(usize, FinishReason)>,
+    /// Tokens of the prompt that were reported.
+    prompt_logprobs: usize,
+}
+
+/// What a request got, if each choice ended once with nothing behind its end, and the prompt was reported in order and first.
+fn ended_once(receiver: &mut UnboundedReceiver<Event>, n: usize) -> Ended {
+    let mut prompt_logprobs = 0;
     let mut tokens = vec![0; n];
     let mut ends = vec![None; n];
     while let Ok(event) = receiver.try_recv() {
         match event {
+            Event::PromptLogprobs { start, tokens: reported } => {
+                assert!(tokens.iter().all(|tokens| *tokens == 0), "the prompt comes first");
+                let expected: Vec<usize> = (prompt_logprobs + 1..).take(reported.len()).collect();
+                assert_eq!((start, reported.iter().map(|(id, _)| *id as usize).collect()), (expected[0], expected));
+                prompt_logprobs += reported.len();
+            }
             Event::Token { choice, .. } => {
                 assert_eq!(ends[choice], None, "a token of a choice that has ended");
                 tokens[choice] += 1;
@@ -181,11 +208,14 @@ fn ended_once(receiver: &mut UnboundedReceiver<Event>, n: usize) -> Vec<(usize, 
             Event::Failed(error) => panic!("{error}"),
         }
     }
-    tokens.into_iter().zip(ends).map(|(tokens, end)| (tokens, end.expect("every choice ends"))).collect()
+    let choices = tokens.into_iter().zip(ends).map(|(tokens, end)| (tokens, end.expect("every choice ends")));
+    Ended { choices: choices.collect(), prompt_logprobs }
 }
 
 struct Submitted {
     n: usize,
+    /// Places of the prompt that are to be reported.
+    prompt_logprobs: usize,
     max_new_tokens: usize,
     cancelled: BTreeSet<usize>,
     /// None: the caller went away.
@@ -211,9 +241,13 @@ fn random_schedules_lose_nothing_and_end_everything_once() {
                 let (start, length) = (rng.random_range(0..3u32) * 1000, rng.random_range(1..20u32));
                 let (n, max_new_tokens) = (rng.random_range(1..5), rng.random_range(1..10));
                 let request_id = submitted.len().to_string();
-                let (s, receiver) = submit(&Request { request_id, n, ..request((start..start + length).collect(), max_new_tokens) });
+                let prompt_logprobs = rng.random_bool(0.3).then_some(0);
+                let (s, receiver) =
+                    submit(&Request { request_id, n, prompt_logprobs, ..request((start..start + length).collect(), max_new_tokens) });
                 scheduler.add(s);
-                submitted.push(Submitted { n, max_new_tokens, cancelled: BTreeSet::new(), receiver: Some(receiver) });
+                let prompt_logprobs = prompt_logprobs.map_or(0, |_| length as usize - 1);
+                let cancelled = BTreeSet::new();
+                submitted.push(Submitted { n, prompt_logprobs, max_new_tokens, cancelled, receiver: Some(receiver) });
             }
             if !submitted.is_empty() && rng.random_bool(0.1) {
                 let i = rng.random_range(0..submitted.len());
@@ -243,9 +277,12 @@ fn random_schedules_lose_nothing_and_end_everything_once() {
             check_sharing(&mut scheduler);
         }
         assert_eq!((scheduler.blocks().num_free(), scheduler.len()), (num_blocks, 0), "seed {seed}");
-        for Submitted { n, max_new_tokens, cancelled, receiver } in submitted {
+        for Submitted { n, prompt_logprobs, max_new_tokens, cancelled, receiver } in submitted {
             let Some(mut receiver) = receiver else { continue };
-            for (choice, (tokens, reason)) in ended_once(&mut receiver, n).into_iter().enumerate() {
+            let ended = ended_once(&mut receiver, n);
+            let all_cancelled = (0..n).all(|choice| cancelled.contains(&choice));
+            assert!(ended.prompt_logprobs == prompt_logprobs || all_cancelled, "seed {seed}: {}", ended.prompt_logprobs);
+            for (choice, (tokens, reason)) in ended.choices.into_iter().enumerate() {
                 let whole = (max_new_tokens, FinishReason::Length);
                 // A choice may have ended before it was cancelled.
                 let right = (tokens, reason) == whole || cancelled.contains(&choice) && reason == FinishReason::Cancelled;
@@ -258,6 +295,7 @@ fn random_schedules_lose_nothing_and_end_everything_once() {
 fn run_all(scheduler: &mut Scheduler) {
     while !scheduler.is_empty() {
         let step = scheduler.schedule();
+        assert!(!step.is_empty(), "no progress");
         run(scheduler, &step);
     }
 }
@@ -280,7 +318,7 @@ fn choices_compute_the_prompt_once_and_hold_its_blocks_together() {
     assert!(tables.iter().all(|table| table.len() == 5 && table[..4] == tables[0][..4]));
     assert_eq!(64 - scheduler.blocks().num_free(), 4 + 3);
     run_all(&mut scheduler);
-    assert_eq!(ended_once(&mut events, 3), [(5, FinishReason::Length); 3]);
+    assert_eq!(ended_once(&mut events, 3).choices, [(5, FinishReason::Length); 3]);
     assert_eq!(scheduler.blocks().num_free(), 64);
 }
 
@@ -311,7 +349,7 @@ fn first_choice_that_ends_at_its_first_token_leaves_its_prompt_to_the_others() {
     assert_eq!((scheduler.num_running(), scheduler.len()), (0, 1));
     assert_eq!(scheduler.schedule()[0].num_tokens, 1, "two blocks of four are still known");
     run(&mut scheduler, &[Scheduled { sequence: 0, num_tokens: 1, num_drafts: 0 }]);
-    assert_eq!(ended_once(&mut events, 2), [(1, FinishReason::Length); 2]);
+    assert_eq!(ended_once(&mut events, 2).choices, [(1, FinishReason::Length); 2]);
     assert_eq!(scheduler.blocks().num_free(), 8);
 }
 
@@ -334,7 +372,7 @@ fn cancelling_a_choice_leaves_the_others_alone() {
             scheduler.cancel("r", choice);
             assert_eq!(scheduler.len(), 2);
             run_all(&mut scheduler);
-            let ends = ended_once(&mut events, 3);
+            let ends = ended_once(&mut events, 3).choices;
             for (i, (tokens, reason)) in ends.iter().enumerate() {
                 let expected = if i == choice { FinishReason::Cancelled } else { FinishReason::Length };
                 assert_eq!(*reason, expected, "choice {i} after {steps} steps");
@@ -359,4 +397,51 @@ fn abandoned_choices_are_dropped_together() {
         assert!(scheduler.schedule().is_empty());
         assert_eq!((scheduler.len(), scheduler.blocks().num_free()), (0, 16));
     }
+}
+
+#[test]
+fn prompt_that_is_to_be_reported_is_not_read_from_the_cache_but_known_to_others() {
+    let mut scheduler = Scheduler::new(BlockManager::new(32, 4), 8, 100);
+    for (prompt_logprobs, computed) in [(None, 10), (Some(2), 10), (Some(2), 10), (None, 2)] {
+        let (s, mut events) = submit(&Request { prompt_logprobs, ..request((0..10).collect(), 1) });
+        scheduler.add(s);
+        let step = scheduler.schedule();
+        assert_eq!(step[0].num_tokens, computed);
+        run(&mut scheduler, &step);
+        assert_eq!(ended_once(&mut events, 1).prompt_logprobs, if prompt_logprobs.is_some() { 9 } else { 0 });
+    }
+}
+
+#[test]
+fn prompt_is_reported_once_although_its_blocks_are_given_back() {
+    let mut scheduler = Scheduler::new(BlockManager::new(22, 1), 8, 4);
+    let (a, _a) = own(1, 2, 20);
+    let (b, mut b_events) = submit(&Request { prompt_logprobs: Some(0), n: 2, ..request((0..18).collect(), 3) });
+    scheduler.add(a);
+    scheduler.add(b);
+    // While b's prompt is computed by three tokens a step, a grows and takes the blocks that the end of it would need.
+    let mut computed = Vec::new();
+    for _ in 0..7 {
+        let step = scheduler.schedule();
+        computed.push(scheduler.running().get(1).map(|b| b.num_computed));
+        run(&mut scheduler, &step);
+    }
+    assert_eq!(computed[3..], [Some(8), Some(11), None, None]);
+    run_all(&mut scheduler);
+    let ended = ended_once(&mut b_events, 2);
+    assert_eq!((ended.prompt_logprobs, ended.choices), (17, vec![(3, FinishReason::Length); 2]));
+}
+
+#[test]
+fn long_prompt_is_reported_in_parts() {
+    let mut scheduler = Scheduler::new(BlockManager::new(1000, 1), 8, 900);
+    let (s, mut events) = submit(&Request { prompt_logprobs: Some(0), ..request((0..600).collect(), 1) });
+    scheduler.add(s);
+    let step = scheduler.schedule();
+    run(&mut scheduler, &step);
+    let mut lengths = Vec::new();
+    while let Ok(Event::PromptLogprobs { tokens, .. }) = events.try_recv() {
+        lengths.push(tokens.len());
+    }
+    assert_eq!(lengths, [MAX_PROMPT_LOGPROBS, MAX_PROMPT_LOGPROBS, 599 - 2 * MAX_PROMPT_LOGPROBS]);
 }

@@ -10,6 +10,8 @@ pub(crate) struct Sampling {
     pub(crate) max_new_tokens: u32,
     /// Answers to generate.
     pub(crate) n: u32,
+    /// Most likely tokens for each place of the prompt.
+    pub(crate) prompt_logprobs: Option<u32>,
     pub(crate) stop: Vec<String>,
     /// What the decoder is told.
     pub(crate) params: SamplingParams,
@@ -37,8 +39,10 @@ impl Check<'_> {
         if min_new_tokens > max_new_tokens {
             self.refuse("sampling.min_new_tokens", format!("is {min_new_tokens}, expected at most max_new_tokens, {max_new_tokens}"));
         }
-        if let Some(logprobs) = options.logprobs.filter(|n| *n > MAX_LOGPROBS) {
-            self.refuse("sampling.logprobs", format!("is {logprobs}, expected from 0 to {MAX_LOGPROBS}"));
+        for (field, value) in [("logprobs", options.logprobs), ("prompt_logprobs", options.prompt_logprobs)] {
+            if let Some(logprobs) = value.filter(|n| *n > MAX_LOGPROBS) {
+                self.refuse(format!("sampling.{field}"), format!("is {logprobs}, expected from 0 to {MAX_LOGPROBS}"));
+            }
         }
         let n = options.n.unwrap_or(1);
         if !CHOICES.contains(&n) {
@@ -64,7 +68,7 @@ impl Check<'_> {
         self.logit_bias(&params);
         self.stop_token_ids(&params);
         self.stop_texts(&options.stop);
-        Sampling { max_new_tokens, n, stop: options.stop, params }
+        Sampling { max_new_tokens, n, prompt_logprobs: options.prompt_logprobs, stop: options.stop, params }
     }
 
     fn number(&mut self, field: &str, value: Option<f32>, default: f32, range: RangeInclusive<f32>) -> f32 {
@@ -178,6 +182,8 @@ mod tests {
         assert_eq!(stop(vec!["x".repeat(257), String::new()]), ["sampling.stop[0]", "sampling.stop[1]"]);
         let n = |n| fields(pb::SamplingOptions { n: Some(n), ..Default::default() });
         [1, 16].into_iter().for_each(|good| assert_eq!(n(good), NONE));
+        let prompt_logprobs = |n| fields(pb::SamplingOptions { prompt_logprobs: Some(n), ..Default::default() });
+        assert_eq!((prompt_logprobs(20), prompt_logprobs(21)), (vec![], vec!["sampling.prompt_logprobs".to_owned()]));
         [0, 17, u32::MAX].into_iter().for_each(|bad| assert_eq!(n(bad), ["sampling.n"]));
     }
 
@@ -209,6 +215,6 @@ mod tests {
     fn defaults_change_nothing() {
         let (sampling, _) = check(pb::SamplingOptions::default());
         let params = SamplingParams { top_p: 1.0, typical_p: 1.0, repetition_penalty: 1.0, ..Default::default() };
-        assert_eq!(sampling, Sampling { max_new_tokens: 256, n: 1, stop: vec![], params });
+        assert_eq!(sampling, Sampling { max_new_tokens: 256, n: 1, prompt_logprobs: None, stop: vec![], params });
     }
 }

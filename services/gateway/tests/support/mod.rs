@@ -92,6 +92,8 @@ pub enum Script {
     TokensThenNothing(Vec<u32>),
     /// Sends these tokens, then breaks off.
     TokensThenError(Vec<u32>, Code),
+    /// Sends this part of the prompt with log-probabilities, then breaks off.
+    PromptThenError(decoder::PromptLogprobs, Code),
     /// Sends these tokens with log-probabilities, then the end.
     Logprobs(Vec<u32>),
     /// Refuses, since the tokens of all images of the prompt are gone.
@@ -221,6 +223,10 @@ impl DecoderService for FakeDecoder {
             Script::TokensThenError(ids, code) => {
                 let error = Err(Status::new(code, "told to"));
                 Box::pin(stream::iter(ids.into_iter().map(token).chain([error]).collect::<Vec<_>>()))
+            }
+            Script::PromptThenError(part, code) => {
+                let part = Ok(event(decoder::generate_response::Event::PromptLogprobs(part)));
+                Box::pin(stream::iter([part, Err(Status::new(code, "told to"))]))
             }
             Script::Evicted => {
                 let keys: HashSet<Bytes> = request.image_spans.into_iter().map(|span| span.key).collect();
@@ -467,6 +473,7 @@ pub fn chat(content: Vec<pb::ContentPart>) -> pb::ChatRequest {
 #[derive(Debug, Default)]
 pub struct Answer {
     pub started: Vec<pb::Started>,
+    pub prompt_logprobs: Vec<pb::PromptLogprobs>,
     pub deltas: Vec<pb::Delta>,
     pub text: String,
     pub token_ids: Vec<u32>,
@@ -480,6 +487,7 @@ impl Answer {
         use pb::generation_event::Event;
         match event.event.expect("every event is one") {
             Event::Started(started) => self.started.push(started),
+            Event::PromptLogprobs(part) => self.prompt_logprobs.push(part),
             Event::Delta(delta) => {
                 self.text += &delta.text;
                 self.token_ids.extend(delta.token_ids.iter().copied());
