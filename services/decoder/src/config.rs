@@ -23,6 +23,8 @@ pub struct Config {
     pub prompt_lookup_tokens: usize,
     /// Requests that may be reserved, wait or run; more are refused.
     pub max_requests: usize,
+    /// How much earlier a request counts as having come for each step of its priority; 0 ignores priorities.
+    pub priority_step_ms: u64,
     /// Memory for image tokens that requests wait for or may use again.
     pub image_store_bytes: usize,
     /// A reservation that is not used ends after this time.
@@ -39,6 +41,7 @@ impl Default for Config {
             max_num_batched_tokens: 512,
             prompt_lookup_tokens: 0,
             max_requests: 256,
+            priority_step_ms: 10_000,
             image_store_bytes: 512 << 20,
             lease_ms: 600_000,
         }

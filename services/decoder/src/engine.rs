@@ -16,7 +16,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, watch};
 use tracing::Span;
@@ -103,7 +103,7 @@ impl Engine {
     pub fn submit(&self, request: &Request, span: &Span) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
         self.stats.num_sequences.fetch_add(request.n, Ordering::Relaxed);
-        drop(self.commands.send(Command::Generate(Box::new(Sequence::new(request, &events, span)))));
+        drop(self.commands.send(Command::Generate(Box::new(Sequence::new(request, Instant::now(), &events, span)))));
         receiver
     }
 
@@ -163,8 +163,9 @@ impl<B: Backend> Worker<B> {
         let blocks = runner.block_manager(cache, &config);
         stats.num_blocks.store(blocks.num_blocks(), Ordering::Relaxed);
         stats.num_free_blocks.store(blocks.num_free(), Ordering::Relaxed);
-        let scheduler =
-            Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens).with_prompt_lookup(config.prompt_lookup_tokens);
+        let scheduler = Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens)
+            .with_prompt_lookup(config.prompt_lookup_tokens)
+            .with_priority_step(Duration::from_millis(config.priority_step_ms));
         Ok(Self {
             scheduler,
             num_sequences: 0,

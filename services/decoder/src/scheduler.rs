@@ -5,7 +5,10 @@ use crate::{
     prompt_lookup,
     sequence::{FinishReason, Sequence},
 };
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 /// Part of a step: the next `num_tokens` tokens of running sequence `sequence`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +21,8 @@ pub struct Scheduled {
     pub num_drafts: usize,
 }
 
-/// Sequences in order of arrival ([`Sequence::rank`]): nobody overtakes. A running sequence takes blocks as it grows; when none
+/// Sequences in order of arrival ([`Rank`](crate::sequence::Rank)): nobody overtakes, except that a request counts as having
+/// come earlier for its priority, or later. That bounds how long others can overtake it, so nobody starves. A running sequence takes blocks as it grows; when none
 /// are left, the latest arrival gives its own back and starts over later from what is still cached, so the oldest always gets on.
 ///
 /// The choices of one request share its prompt's blocks: the first is queued alone, and the others join it, at its place in the
@@ -29,6 +33,10 @@ pub struct Scheduler {
     /// In order.
     running: Vec<Sequence>,
     num_requests: u64,
+    /// What arrivals are counted from.
+    epoch: Instant,
+    /// How much earlier a request counts as having come for each step of its priority.
+    priority_step: Duration,
     blocks: BlockManager,
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
@@ -43,6 +51,8 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             num_requests: 0,
+            epoch: Instant::now(),
+            priority_step: Duration::ZERO,
             blocks,
             max_num_seqs,
             max_num_batched_tokens,
@@ -57,10 +67,18 @@ impl Scheduler {
         Self { prompt_lookup_tokens: tokens, ..self }
     }
 
+    /// Lets a request count as having come by `step` earlier for each step of its priority.
+    #[must_use]
+    pub fn with_priority_step(self, step: Duration) -> Self {
+        Self { priority_step: step, ..self }
+    }
+
     /// Adds a request at its place in the order. Each of its choices must fit into the cache alone.
     pub fn add(&mut self, mut request: Sequence) {
         debug_assert!(self.blocks.blocks_for(request.max_len()) <= self.blocks.num_blocks());
-        request.set_number(self.num_requests);
+        let arrival = micros(request.submitted_at.saturating_duration_since(self.epoch));
+        let virtual_arrival = arrival.saturating_sub(micros(self.priority_step).saturating_mul(request.priority.into()));
+        request.set_place(virtual_arrival, self.num_requests);
         self.num_requests += 1;
         self.enqueue(request);
     }
@@ -286,6 +304,10 @@ impl Scheduler {
             kept
         });
     }
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -92,6 +92,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Log-probabilities of the prompt's tokens and of this many most likely ones in their places.
     pub prompt_logprobs: Option<u32>,
+    /// From -10 to 10: who has more counts as having come earlier.
+    pub priority: i32,
     /// What precedes the prompt in the prefix cache: only requests with the same root share blocks.
     pub cache_root: BlockHash,
 }
@@ -175,6 +177,17 @@ struct PromptLogprobs {
     next: usize,
 }
 
+/// A sequence's place in the order of the scheduler: less is earlier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// When its request arrived, moved by its priority; in microseconds from a moment that all have in common.
+    pub virtual_arrival_us: i64,
+    /// The request's number, in order of submission; all its choices have it.
+    pub number: u64,
+    /// Which of the request's answers it is.
+    pub choice: usize,
+}
+
 /// One choice of a request, with its state.
 pub struct Sequence {
     /// Names it in logs.
@@ -197,6 +210,10 @@ pub struct Sequence {
     pub draft: Vec<u32>,
     /// Full blocks that others know of.
     pub num_published: usize,
+    /// The request's priority.
+    pub priority: i32,
+    /// When the request was submitted.
+    pub submitted_at: Instant,
     /// Which of the request's answers it is, from 0.
     pub choice: usize,
     /// Choices of the same request that wait for this one's prompt to be in the cache.
@@ -208,18 +225,16 @@ pub struct Sequence {
     pub span: Span,
     /// Hashes of its full blocks, as far as they were needed; the root first.
     block_hashes: Vec<BlockHash>,
-    number: u64,
+    rank: Rank,
     prompt_logprobs: Option<PromptLogprobs>,
     cached_tokens: Option<usize>,
-    submitted_at: Instant,
     started_at: Option<Instant>,
     first_token_at: Option<Instant>,
 }
 
 impl Sequence {
     /// The first choice of a request that has not run yet, with the others as its siblings.
-    pub fn new(request: &Request, events: &mpsc::UnboundedSender<Event>, span: &Span) -> Self {
-        let submitted_at = Instant::now();
+    pub fn new(request: &Request, submitted_at: Instant, events: &mpsc::UnboundedSender<Event>, span: &Span) -> Self {
         let choice = |choice| Self {
             prompt_len: request.token_ids.len(),
             request_id: request.request_id.clone(),
@@ -236,7 +251,8 @@ impl Sequence {
             events: events.clone(),
             span: span.clone(),
             block_hashes: vec![request.cache_root],
-            number: 0,
+            rank: Rank { choice, ..Rank::default() },
+            priority: request.priority,
             prompt_logprobs: None,
             cached_tokens: None,
             submitted_at,
@@ -248,20 +264,21 @@ impl Sequence {
         Self { siblings: (1..request.n).map(choice).collect(), prompt_logprobs, ..choice(0) }
     }
 
-    /// Its place in the order of the scheduler: less is earlier. The choices of a request stand together.
-    pub fn rank(&self) -> (u64, usize) {
-        (self.number, self.choice)
+    /// Its place in the order of the scheduler. The choices of a request stand together.
+    pub fn rank(&self) -> Rank {
+        self.rank
     }
 
     /// The request's number, in order of submission; all its choices have it.
     pub fn number(&self) -> u64 {
-        self.number
+        self.rank.number
     }
 
-    /// Numbers the request.
-    pub fn set_number(&mut self, number: u64) {
-        self.number = number;
-        self.siblings.iter_mut().for_each(|sibling| sibling.number = number);
+    /// Gives the request its place in the order.
+    pub fn set_place(&mut self, virtual_arrival_us: i64, number: u64) {
+        for rank in std::iter::once(&mut self.rank).chain(self.siblings.iter_mut().map(|sibling| &mut sibling.rank)) {
+            *rank = Rank { virtual_arrival_us, number, ..*rank };
+        }
     }
 
     /// The first of its siblings, if any wait for its prompt, which the others then wait for.

@@ -24,6 +24,7 @@ use idefics_proto::{
 };
 use std::{
     fmt::Display,
+    ops::RangeInclusive,
     pin::Pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -43,6 +44,8 @@ const MAX_LOGIT_BIAS: f32 = 100.0;
 const MAX_STOP_TOKEN_IDS: usize = 16;
 /// Most choices of a request.
 const MAX_CHOICES: u32 = 16;
+/// Priorities of a request.
+const PRIORITIES: RangeInclusive<i32> = -10..=10;
 /// Longest cache salt.
 const MAX_CACHE_SALT_BYTES: usize = 256;
 /// When to try again after a refusal: about the time of a short answer.
@@ -168,6 +171,10 @@ impl Decoder {
         if let Some(n) = request.prompt_logprobs.filter(|n| *n > MAX_LOGPROBS) {
             violations.push(Violation::new("prompt_logprobs", format!("is {n}, expected from 0 to {MAX_LOGPROBS}")));
         }
+        if !PRIORITIES.contains(&request.priority) {
+            let what = format!("is {}, expected from {} to {}", request.priority, PRIORITIES.start(), PRIORITIES.end());
+            violations.push(Violation::new("priority", what));
+        }
         if violations.is_empty() { Ok(keys) } else { Err(violations) }
     }
 
@@ -192,6 +199,7 @@ impl Decoder {
             max_new_tokens: request.max_new_tokens as usize,
             sampling,
             prompt_logprobs: request.prompt_logprobs,
+            priority: request.priority,
             cache_root: BlockHash::root(&[self.fingerprint.as_bytes(), &request.cache_salt]),
         })
     }

@@ -58,6 +58,7 @@ fn text(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
         max_new_tokens,
         sampling: GREEDY,
         prompt_logprobs: None,
+        priority: 0,
         cache_root,
     }
 }

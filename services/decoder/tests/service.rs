@@ -79,6 +79,7 @@ fn generate(request_id: &str, key: [u8; 32]) -> GenerateRequest {
         cache_salt: Default::default(),
         n: 1,
         prompt_logprobs: None,
+        priority: 0,
     }
 }
 
@@ -154,6 +155,7 @@ async fn bad_prompts_are_refused_with_every_violation() {
     request.token_ids.push(IMAGE);
     request.image_spans[0].start = 2;
     request.prompt_logprobs = Some(21);
+    request.priority = -11;
     request.sampling = Some(SamplingParams {
         temperature: f32::NAN,
         top_p: 0.0,
@@ -173,6 +175,7 @@ async fn bad_prompts_are_refused_with_every_violation() {
     let past_the_vocabulary = format!("sampling.logit_bias[{VOCAB}]");
     let expected = [
         "image_spans[0].start",
+        "priority",
         "prompt_logprobs",
         "sampling.frequency_penalty",
         past_the_vocabulary.as_str(),

@@ -42,6 +42,7 @@ pub(crate) struct Job {
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
     pub(crate) cache_salt: Bytes,
+    pub(crate) priority: i32,
 }
 
 /// Longest waits for peers.
@@ -235,6 +236,7 @@ impl Coordinator {
             cache_salt: job.cache_salt.clone(),
             n: job.sampling.n,
             prompt_logprobs: job.sampling.prompt_logprobs,
+            priority: job.priority,
         };
         let mut client = decoder.client.clone();
         // A stream may outlast any limit of ours, but not the caller's deadline.

@@ -149,12 +149,12 @@ impl Gateway {
     ) -> Result<ReceiverStream<Result<pb::GenerationEvent, Status>>, Status> {
         let permit = self.permit()?;
         let model_fingerprint = self.fingerprint()?;
-        let Generation { image_options, sampling, return_prompt_token_ids, cache_salt } = request;
+        let Generation { image_options, sampling, return_prompt_token_ids, cache_salt, priority } = request;
         let deadline = call.clone();
         let prepare = self.compute(permit, move |inner| {
             let (prompt, pictures) = build_prompt(inner)?;
             let media = Media::new(&model_fingerprint, image_options, &pictures);
-            Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids, cache_salt })
+            Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
         });
         let (job, permit) = deadline.within_deadline(prepare).await?;
         let (events, stream) = mpsc::channel(EVENT_BUFFER);
@@ -192,6 +192,7 @@ struct Generation {
     sampling: Sampling,
     return_prompt_token_ids: bool,
     cache_salt: Bytes,
+    priority: i32,
 }
 
 #[tonic::async_trait]
@@ -210,6 +211,7 @@ impl GatewayService for Gateway {
             sampling: chat.sampling,
             return_prompt_token_ids: chat.return_prompt_token_ids,
             cache_salt: chat.cache_salt,
+            priority: chat.priority,
         };
         let start = self.start(call, generation, move |inner| {
             let prompt = inner.conversation(&chat.turns, options, "messages")?;
@@ -230,6 +232,7 @@ impl GatewayService for Gateway {
             sampling: raw.sampling,
             return_prompt_token_ids: raw.return_prompt_token_ids,
             cache_salt: raw.cache_salt,
+            priority: raw.priority,
         };
         let start = self.start(call, generation, move |inner| {
             let prompt = inner.raw_prompt(raw.prompt, options, Some(raw.pictures.len()))?;

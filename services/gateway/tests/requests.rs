@@ -282,7 +282,7 @@ async fn every_sampling_option_reaches_the_decoder() {
         n: Some(3),
         prompt_logprobs: Some(4),
     };
-    ask(&world, pb::ChatRequest { sampling: Some(options), ..chat(vec![text("?")]) }).await;
+    ask(&world, pb::ChatRequest { sampling: Some(options), priority: -7, ..chat(vec![text("?")]) }).await;
     world.asked().await;
     let Asked::Generate { request, .. } = world.asked().await else { panic!() };
     let expected = SamplingParams {
@@ -303,7 +303,7 @@ async fn every_sampling_option_reaches_the_decoder() {
         ignore_eos: true,
     };
     assert!(request.max_new_tokens < 100_000);
-    assert_eq!((request.n, request.prompt_logprobs), (3, Some(4)));
+    assert_eq!((request.n, request.prompt_logprobs, request.priority), (3, Some(4), -7));
     assert_eq!(request.sampling, Some(expected));
 }
 
@@ -407,6 +407,7 @@ async fn every_problem_of_a_request_is_named() {
         }),
         return_prompt_token_ids: false,
         cache_salt: vec![0; 257].into(),
+        priority: 11,
     };
     let error = ask(&world, request).await.error.unwrap();
     assert_eq!(error.code(), Code::InvalidArgument);
@@ -421,6 +422,7 @@ async fn every_problem_of_a_request_is_named() {
         "messages[0].role",
         "messages[1].content",
         "messages[1].role",
+        "priority",
         "sampling.logit_bias[7]",
         "sampling.logprobs",
         "sampling.max_new_tokens",

@@ -141,6 +141,7 @@ fn request(args: &AskArgs) -> Result<Request> {
             sampling,
             return_prompt_token_ids: args.json,
             cache_salt: Default::default(),
+            priority: args.priority,
         }));
     }
     let messages = match &args.messages {
@@ -150,7 +151,14 @@ fn request(args: &AskArgs) -> Result<Request> {
             vec![Message { role: Role::User.into(), content: parts.map(|part| ContentPart { part: Some(part) }).collect() }]
         }
     };
-    Ok(Request::Chat(ChatRequest { messages, image_options, sampling, return_prompt_token_ids: args.json, cache_salt: Default::default() }))
+    Ok(Request::Chat(ChatRequest {
+        messages,
+        image_options,
+        sampling,
+        return_prompt_token_ids: args.json,
+        cache_salt: Default::default(),
+        priority: args.priority,
+    }))
 }
 
 #[derive(Deserialize)]

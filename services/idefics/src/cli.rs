@@ -124,6 +124,9 @@ pub(crate) struct AskArgs {
     /// Go on when the model would end its turn
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+    /// Overtake requests of lower priority, from -10 to 10
+    #[arg(long, value_name = "P", default_value_t = 0, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-10..=10))]
+    pub(crate) priority: i32,
     /// Report log-probabilities of each token and of the N most likely ones
     #[arg(long, value_name = "N", requires = "json")]
     pub(crate) logprobs: Option<u32>,
@@ -227,9 +230,20 @@ mod tests {
     #[test]
     fn sampling_options_take_negative_numbers_and_pairs() {
         let parse = |args: &[&str]| Cli::try_parse_from([&["idefics", "ask", "x"], args].concat());
-        let parsed = parse(&["--presence-penalty", "-0.5", "--logit-bias", "5=-3", "--logit-bias=7=2.5", "--stop-token-id", "9"]);
+        let parsed = parse(&[
+            "--presence-penalty",
+            "-0.5",
+            "--priority",
+            "-3",
+            "--logit-bias",
+            "5=-3",
+            "--logit-bias=7=2.5",
+            "--stop-token-id",
+            "9",
+        ]);
         let Command::Ask(args) = parsed.unwrap().command else { unreachable!("the command is ask") };
         assert_eq!((args.presence_penalty, args.logit_bias, args.stop_token_ids), (Some(-0.5), vec![(5, -3.0), (7, 2.5)], vec![9]));
+        assert_eq!(args.priority, -3);
         for bad in ["5", "5=", "=1", "-1=2", "5=x"] {
             assert!(parse(&[&format!("--logit-bias={bad}")]).unwrap_err().to_string().contains("as in 42=-1.5"), "{bad}");
         }

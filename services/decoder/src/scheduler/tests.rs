@@ -20,13 +20,20 @@ fn request(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
         max_new_tokens,
         sampling: SamplingParams::GREEDY,
         prompt_logprobs: None,
+        priority: 0,
         cache_root,
     }
 }
 
 fn submit(request: &Request) -> (Sequence, UnboundedReceiver<Event>) {
     let (events, receiver) = unbounded_channel();
-    (Sequence::new(request, &events, &tracing::Span::none()), receiver)
+    (Sequence::new(request, Instant::now(), &events, &tracing::Span::none()), receiver)
+}
+
+/// A request that came so many milliseconds after the scheduler was made.
+fn submit_at(scheduler: &Scheduler, ms: u64, request: &Request) -> (Sequence, UnboundedReceiver<Event>) {
+    let (events, receiver) = unbounded_channel();
+    (Sequence::new(request, scheduler.epoch + Duration::from_millis(ms), &events, &tracing::Span::none()), receiver)
 }
 
 fn sequence(token_ids: Vec<u32>, max_new_tokens: usize) -> (Sequence, UnboundedReceiver<Event>) {
@@ -230,7 +237,7 @@ fn random_schedules_lose_nothing_and_end_everything_once() {
         let num_blocks = rng.random_range(30 / block_size + 2..120 / block_size + 3);
         let (max_seqs, budget) = (rng.random_range(1..7), rng.random_range(7..40));
         let scheduler = Scheduler::new(BlockManager::new(num_blocks, block_size), max_seqs, budget);
-        let mut scheduler = scheduler.with_prompt_lookup(seed as usize % 4);
+        let mut scheduler = scheduler.with_prompt_lookup(seed as usize % 4).with_priority_step(Duration::from_millis(20));
         let mut submitted: Vec<Submitted> = Vec::new();
         let mut steps = 0;
         while submitted.len() < 40 || !scheduler.is_empty() {
@@ -242,8 +249,11 @@ fn random_schedules_lose_nothing_and_end_everything_once() {
                 let (n, max_new_tokens) = (rng.random_range(1..5), rng.random_range(1..10));
                 let request_id = submitted.len().to_string();
                 let prompt_logprobs = rng.random_bool(0.3).then_some(0);
-                let (s, receiver) =
-                    submit(&Request { request_id, n, prompt_logprobs, ..request((start..start + length).collect(), max_new_tokens) });
+                // A millisecond each step, so that some priorities overtake and others do not.
+                let priority = if rng.random_bool(0.3) { rng.random_range(-10..=10) } else { 0 };
+                let (arrived, prompt) = (steps as u64, (start..start + length).collect());
+                let asked = Request { request_id, n, prompt_logprobs, priority, ..request(prompt, max_new_tokens) };
+                let (s, receiver) = submit_at(&scheduler, arrived, &asked);
                 scheduler.add(s);
                 let prompt_logprobs = prompt_logprobs.map_or(0, |_| length as usize - 1);
                 let cancelled = BTreeSet::new();
@@ -332,7 +342,7 @@ fn choices_keep_their_requests_place_in_the_queue() {
     let mut order = Vec::new();
     while !scheduler.is_empty() {
         let step = scheduler.schedule();
-        order.push(scheduler.running().iter().map(|s| s.rank()).collect::<Vec<_>>());
+        order.push(scheduler.running().iter().map(|s| (s.number(), s.choice)).collect::<Vec<_>>());
         run(&mut scheduler, &step);
     }
     // While the prompt is computed the second request uses the free place; from then on it would wait for the choices.
@@ -444,4 +454,74 @@ fn long_prompt_is_reported_in_parts() {
         lengths.push(tokens.len());
     }
     assert_eq!(lengths, [MAX_PROMPT_LOGPROBS, MAX_PROMPT_LOGPROBS, 599 - 2 * MAX_PROMPT_LOGPROBS]);
+}
+
+/// Runs one request at a time; returns the first token of each prompt, in the order in which they ran.
+fn order_of(mut scheduler: Scheduler) -> Vec<u32> {
+    let mut order = Vec::new();
+    while !scheduler.is_empty() {
+        let step = scheduler.schedule();
+        order.push(scheduler.running()[0].token_ids[0] / 1000);
+        run(&mut scheduler, &step);
+    }
+    order
+}
+
+#[test]
+fn priority_counts_as_having_come_earlier() {
+    // Arrival in milliseconds, priority; a step is 100 ms.
+    for (arrivals, expected) in [
+        (&[(0, 0), (1, 0), (2, 0)][..], [0, 1, 2]),
+        (&[(0, 0), (0, 0), (0, 0)], [0, 1, 2]),
+        (&[(0, 0), (1, 1), (2, 2)], [2, 1, 0]),
+        (&[(0, -1), (99, 0), (101, 0)], [1, 0, 2]),
+        // Nobody starves: who came a second ago is not overtaken even by the highest priority.
+        (&[(0, 0), (999, 10), (1001, 10)], [1, 0, 2]),
+        (&[(0, 10), (0, -10), (2001, 0)], [0, 1, 2]),
+    ] {
+        let mut scheduler = Scheduler::new(BlockManager::new(8, 4), 1, 100).with_priority_step(Duration::from_millis(100));
+        let mut receivers = Vec::new();
+        for (i, (ms, priority)) in arrivals.iter().enumerate() {
+            let prompt = (0..5).map(|token| i as u32 * 1000 + token).collect();
+            let (s, receiver) = submit_at(&scheduler, *ms, &Request { priority: *priority, ..request(prompt, 1) });
+            scheduler.add(s);
+            receivers.push(receiver);
+        }
+        assert_eq!(order_of(scheduler), expected, "{arrivals:?}");
+    }
+}
+
+#[test]
+fn longest_step_neither_overflows_nor_loses_the_order() {
+    let mut scheduler = Scheduler::new(BlockManager::new(8, 4), 1, 100).with_priority_step(Duration::from_millis(u64::MAX));
+    let mut receivers = Vec::new();
+    for (i, priority) in [-10, 0, 10].into_iter().enumerate() {
+        let (s, receiver) = submit_at(&scheduler, 1, &Request { priority, ..request(vec![i as u32 * 1000], 1) });
+        scheduler.add(s);
+        receivers.push(receiver);
+    }
+    assert_eq!(order_of(scheduler), [2, 1, 0]);
+}
+
+#[test]
+fn lower_priority_gives_blocks_back_first_and_higher_priority_gets_the_budget() {
+    let mut scheduler = Scheduler::new(BlockManager::new(16, 1), 8, 6).with_priority_step(Duration::from_secs(1));
+    let (low, _low) = submit_at(&scheduler, 0, &request((1000..1012).collect(), 4));
+    scheduler.add(low);
+    let step = scheduler.schedule();
+    run(&mut scheduler, &step);
+    let (high, mut events) = submit_at(&scheduler, 1, &Request { priority: 1, ..request((2000..2005).collect(), 8) });
+    scheduler.add(high);
+    let step = scheduler.schedule();
+    let parts: Vec<_> = step.iter().map(|part| (part.sequence, part.num_tokens)).collect();
+    assert_eq!(parts, [(0, 5), (1, 1)], "the newcomer goes first");
+    run(&mut scheduler, &step);
+    while scheduler.num_preemptions() == 0 {
+        let step = scheduler.schedule();
+        assert!(!step.is_empty());
+        run(&mut scheduler, &step);
+    }
+    assert!(scheduler.running().iter().all(|s| s.priority == 1), "the earlier arrival gave way");
+    run_all(&mut scheduler);
+    assert_eq!(ended_once(&mut events, 1).choices, [(8, FinishReason::Length)]);
 }

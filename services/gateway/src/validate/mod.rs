@@ -11,6 +11,7 @@ use idefics_common::{
     status::Violation,
 };
 use idefics_proto::gateway::v1 as pb;
+use std::ops::RangeInclusive;
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +74,7 @@ pub(crate) struct ValidChat {
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
     pub(crate) cache_salt: Bytes,
+    pub(crate) priority: i32,
 }
 
 /// A `GenerateRequest`; whether the prompt's marks fit its pictures is checked with the tokenizer.
@@ -84,6 +86,7 @@ pub(crate) struct ValidGenerate {
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
     pub(crate) cache_salt: Bytes,
+    pub(crate) priority: i32,
 }
 
 /// A `TokenizeRequest`.
@@ -131,6 +134,7 @@ const MAX_VIOLATIONS: usize = 16;
 /// Most parts of a message: each costs memory, even an empty one.
 const MAX_PARTS: usize = 256;
 const MAX_CACHE_SALT_BYTES: usize = 256;
+const PRIORITIES: RangeInclusive<i32> = -10..=10;
 
 impl Limits {
     pub(crate) fn new(config: &GatewayConfig, checkpoint: &Checkpoint) -> Self {
@@ -156,7 +160,9 @@ impl Limits {
         let image_options = check.image_options(request.image_options);
         let sampling = check.sampling(request.sampling.unwrap_or_default());
         let cache_salt = check.cache_salt(request.cache_salt);
-        check.finish(ValidChat { turns, image_options, sampling, return_prompt_token_ids: request.return_prompt_token_ids, cache_salt })
+        let priority = check.priority(request.priority);
+        let return_prompt_token_ids = request.return_prompt_token_ids;
+        check.finish(ValidChat { turns, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
     }
 
     pub(crate) fn generate(&self, request: pb::GenerateRequest) -> Result<ValidGenerate, Vec<Violation>> {
@@ -170,7 +176,9 @@ impl Limits {
         let sampling = check.sampling(request.sampling.unwrap_or_default());
         let return_prompt_token_ids = request.return_prompt_token_ids;
         let cache_salt = check.cache_salt(request.cache_salt);
-        check.finish(ValidGenerate { prompt: request.prompt, pictures, image_options, sampling, return_prompt_token_ids, cache_salt })
+        let priority = check.priority(request.priority);
+        let prompt = request.prompt;
+        check.finish(ValidGenerate { prompt, pictures, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
     }
 
     pub(crate) fn tokenize(&self, request: pb::TokenizeRequest) -> Result<ValidTokenize, Vec<Violation>> {
@@ -345,6 +353,13 @@ impl<'a> Check<'a> {
         ImageOptions { split: options.split.unwrap_or(default.split), longest_edge: longest, shortest_edge: shortest }
     }
 
+    fn priority(&mut self, priority: i32) -> i32 {
+        if !PRIORITIES.contains(&priority) {
+            self.refuse("priority", format!("is {priority}, expected from {} to {}", PRIORITIES.start(), PRIORITIES.end()));
+        }
+        priority
+    }
+
     fn cache_salt(&mut self, salt: Bytes) -> Bytes {
         if salt.len() > MAX_CACHE_SALT_BYTES {
             self.refuse("cache_salt", format!("has {} bytes, expected at most {MAX_CACHE_SALT_BYTES}", salt.len()));
@@ -423,6 +438,13 @@ mod tests {
         assert_eq!(options(None, Some(169)), ["image_options.shortest_edge"]);
         assert_eq!(options(Some(0), Some(0)), ["image_options.shortest_edge"]);
         assert_eq!(options(Some(u32::MAX), Some(u32::MAX)), ["image_options.longest_edge"]);
+    }
+
+    #[test]
+    fn priorities_are_from_minus_10_to_10() {
+        let of = |priority| fields(limits().chat(pb::ChatRequest { priority, ..chat(vec![text(1)]) }));
+        [-10, 0, 10].into_iter().for_each(|good| assert_eq!(of(good), Vec::<String>::new()));
+        [-11, 11, i32::MIN, i32::MAX].into_iter().for_each(|bad| assert_eq!(of(bad), ["priority"]));
     }
 
     #[test]
