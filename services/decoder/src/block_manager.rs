@@ -138,6 +138,17 @@ impl BlockManager {
         self.blocks[block as usize].hash = Some(hash);
     }
 
+    /// Makes the blocks of a table unknown to others; who holds them keeps them.
+    pub fn withdraw(&mut self, table: &BlockTable) {
+        for block in &table.blocks {
+            if let Some(hash) = self.blocks[*block as usize].hash.take()
+                && self.by_hash.get(&hash) == Some(block)
+            {
+                self.by_hash.remove(&hash);
+            }
+        }
+    }
+
     /// Takes a table back. The last blocks of a sequence become free before the first, so that prefixes live longest.
     pub fn release(&mut self, table: BlockTable) {
         for block in table.blocks.into_iter().rev() {

@@ -278,8 +278,8 @@ impl<B: Backend> Worker<B> {
             // Keep its memory for the next step.
             sequence.draft = draft;
         }
-        // Before anything leaves: what the step computed can be shared, finished or not.
-        self.scheduler.commit(step);
+        // Before anything leaves: what the step computed can be shared, finished or not, unless it is not finite.
+        self.scheduler.commit(step, &failed);
         self.scheduler.remove(&finished);
         self.fail_requests(failed, "the model's logits are not finite");
         let elapsed = started_at.elapsed();
@@ -304,6 +304,6 @@ impl<B: Backend> Worker<B> {
                 drop(sequence.events.send(Event::Failed(error.to_owned())));
             }
         }
-        self.scheduler.remove_requests(&numbers);
+        self.scheduler.remove_failed(&numbers);
     }
 }

@@ -175,10 +175,7 @@ impl ImageStore {
     ) -> Result<Vec<ImageKey>, StoreError> {
         self.expire();
         self.reservations.remove(request_id);
-        let reserved: usize = self.reservations.values().map(|reservation| reservation.num_sequences).sum();
-        if reserved + num_sequences > room {
-            return Err(StoreError::TooManyRequests { wanted: num_sequences, room: room.saturating_sub(reserved) });
-        }
+        self.check_room(request_id, num_sequences, room)?;
         self.clock += 1;
         let mut missing = Vec::new();
         for key in &image_keys {
@@ -189,6 +186,26 @@ impl ImageStore {
         }
         self.reservations.insert(request_id.into(), Reservation { image_keys, num_sequences, expires_at: Instant::now() + self.lease });
         Ok(missing)
+    }
+
+    /// Whether a request is reserved for as many sequences.
+    pub fn covers(&mut self, request_id: &str, num_sequences: usize) -> bool {
+        self.expire();
+        self.reservations.get(request_id).is_some_and(|reservation| reservation.num_sequences >= num_sequences)
+    }
+
+    /// Whether a request may start: the place that its reservation keeps for it, or one that nobody has.
+    ///
+    /// # Errors
+    /// [`StoreError::TooManyRequests`] if `room` has no place for so many sequences beside those that others have reserved.
+    pub fn admit(&mut self, request_id: &str, num_sequences: usize, room: usize) -> Result<(), StoreError> {
+        if self.covers(request_id, num_sequences) { Ok(()) } else { self.check_room(request_id, num_sequences, room) }
+    }
+
+    fn check_room(&self, request_id: &str, wanted: usize, room: usize) -> Result<(), StoreError> {
+        let others = self.reservations.iter().filter(|(id, _)| *id != request_id);
+        let room = room.saturating_sub(others.map(|(_, reservation)| reservation.num_sequences).sum());
+        if wanted <= room { Ok(()) } else { Err(StoreError::TooManyRequests { wanted, room }) }
     }
 
     /// Ends a reservation; an unknown one is ignored.
@@ -314,6 +331,18 @@ mod tests {
         assert_eq!(store.num_reservations(), 0);
         store.put(key(2), tokens(2.0)).unwrap();
         store.reserve("b", vec![], 2, 3).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unreserved_requests_leave_the_places_of_others_alone() {
+        let mut store = ImageStore::new(16, LEASE);
+        store.reserve("a", vec![], 2, 3).unwrap();
+        let full = |wanted, room| Err(StoreError::TooManyRequests { wanted, room });
+        assert_eq!((store.admit("b", 1, 3), store.admit("b", 2, 3)), (Ok(()), full(2, 1)));
+        // What a reservation was made for is kept, even where others have come in meanwhile; more is not.
+        assert_eq!((store.admit("a", 2, 1), store.admit("a", 3, 3), store.admit("a", 3, 2)), (Ok(()), Ok(()), full(3, 2)));
+        tokio::time::advance(LEASE).await;
+        assert_eq!((store.admit("a", 2, 1), store.admit("b", 3, 3)), (full(2, 1), Ok(())));
     }
 
     #[test]

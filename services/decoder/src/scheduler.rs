@@ -195,11 +195,14 @@ impl Scheduler {
 
     /// Notes that the step was computed and its tokens chosen, and makes the blocks that it filled known to others. Guesses
     /// that were not chosen leave nothing behind but slots that are overwritten. Choices that waited for a prompt which is now
-    /// in the cache are queued.
-    pub fn commit(&mut self, step: &[Scheduled]) {
+    /// in the cache are queued. Requests that `failed`, by their numbers, leave nothing in the cache.
+    pub fn commit(&mut self, step: &[Scheduled], failed: &[u64]) {
         let mut ready = Vec::new();
         for part in step {
             let sequence = &mut self.running[part.sequence];
+            if failed.contains(&sequence.number()) {
+                continue;
+            }
             // The newest token is always one that no step has seen.
             sequence.num_computed = (sequence.num_computed + part.num_tokens).min(sequence.token_ids.len() - 1);
             let full = sequence.num_computed / self.blocks.block_size();
@@ -224,8 +227,12 @@ impl Scheduler {
         });
     }
 
-    /// Takes whole requests out, by their numbers ([`Sequence::number`]), and gives their blocks back.
-    pub fn remove_requests(&mut self, numbers: &[u64]) {
+    /// Takes whole requests out that failed, by their numbers ([`Sequence::number`]), and gives their blocks back. What these
+    /// hold is not to be trusted, so nobody finds them any more, whoever computed them.
+    pub fn remove_failed(&mut self, numbers: &[u64]) {
+        for sequence in self.running.iter().filter(|sequence| numbers.contains(&sequence.number())) {
+            self.blocks.withdraw(&sequence.block_table);
+        }
         self.waiting.retain(|sequence| !numbers.contains(&sequence.number()));
         self.retain(|sequence| !numbers.contains(&sequence.number()));
     }

@@ -26,7 +26,7 @@ use std::{
     fmt::Display,
     ops::RangeInclusive,
     pin::Pin,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -178,8 +178,28 @@ impl Decoder {
         if violations.is_empty() { Ok(keys) } else { Err(violations) }
     }
 
-    fn engine_request(&self, request: pb::GenerateRequest, sampling: SamplingParams, keys: &[ImageKey]) -> Result<EngineRequest, Status> {
-        let images = self.images().take(&request.request_id, keys).map_err(store_status)?;
+    /// Sequences for which the queue has room, reserved or not.
+    fn room(&self) -> usize {
+        self.config.max_requests.saturating_sub(self.engine.stats().num_sequences.load(Ordering::Relaxed))
+    }
+
+    /// Takes over a reservation, or admits what was never reserved as `Reserve` would.
+    fn admit(&self, images: &mut ImageStore, request: &pb::GenerateRequest) -> Result<(), Status> {
+        let n = request.n as usize;
+        if !images.covers(&request.request_id, n) {
+            self.check_accepting()?;
+        }
+        images.admit(&request.request_id, n, self.room()).map_err(store_status)
+    }
+
+    fn engine_request(
+        &self,
+        store: &mut ImageStore,
+        request: pb::GenerateRequest,
+        sampling: SamplingParams,
+        keys: &[ImageKey],
+    ) -> Result<EngineRequest, Status> {
+        let images = store.take(&request.request_id, keys).map_err(store_status)?;
         let mut image_spans = Vec::with_capacity(request.image_spans.len());
         for (i, span) in request.image_spans.iter().enumerate() {
             let key = image_key(&span.key, "image_spans.key").map_err(|v| status::invalid_argument(vec![v]))?;
@@ -224,10 +244,8 @@ impl DecoderService for Decoder {
                 keys.push(key);
             }
         }
-        let in_engine = self.engine.stats().num_sequences.load(std::sync::atomic::Ordering::Relaxed);
         let mut images = self.images();
-        let room = self.config.max_requests.saturating_sub(in_engine);
-        let missing = images.reserve(&request.request_id, keys, request.n as usize, room).map_err(store_status)?;
+        let missing = images.reserve(&request.request_id, keys, request.n as usize, self.room()).map_err(store_status)?;
         let lease_ms = images.lease().as_millis() as u64;
         let missing_image_keys = missing.iter().map(|key| bytes::Bytes::copy_from_slice(&key.0)).collect();
         Ok(Response::new(pb::ReserveResponse { missing_image_keys, lease_ms }))
@@ -262,7 +280,12 @@ impl DecoderService for Decoder {
         };
         let span = tracing::info_span!("generate", request_id = %request.request_id);
         let n = request.n as usize;
-        let events = self.engine.submit(&self.engine_request(request, sampling, &keys)?, &span);
+        let events = {
+            // Held until the engine has counted the request, so that its place is never free in between.
+            let mut images = self.images();
+            self.admit(&mut images, &request)?;
+            self.engine.submit(&self.engine_request(&mut images, request, sampling, &keys)?, &span)
+        };
         Ok(Response::new(Box::pin(responses(events, n, self.shutdown.clone()))))
     }
 

@@ -22,6 +22,7 @@ use idefics_proto::{
 };
 use tempfile::TempDir;
 use tonic::Code;
+use tonic_types::StatusExt;
 
 const FINGERPRINT: &str = "this model";
 
@@ -210,6 +211,34 @@ async fn admission_is_bounded_and_released() {
     assert_eq!(status.code(), Code::ResourceExhausted);
     client.release(ReleaseRequest { request_id: "a".into() }).await.unwrap();
     client.reserve(reserve("b", &[])).await.unwrap();
+}
+
+#[tokio::test]
+async fn generation_without_a_reservation_is_admitted_as_reserve_would() {
+    let shutdown = Shutdown::default();
+    let (_folder, mut client) = client(Config { max_requests: 2, ..config() }, &shutdown);
+    let text = |request_id: &str, n| GenerateRequest {
+        token_ids: vec![5, 6, 7],
+        image_spans: vec![],
+        n,
+        max_new_tokens: 500,
+        ..generate(request_id, [7; 32])
+    };
+    client.reserve(reserve("a", &[])).await.unwrap();
+    for n in [2, 1] {
+        // Two places and one taken: the second fits, and runs from then on.
+        let answer = client.generate(text("b", n)).await;
+        assert_eq!(answer.as_ref().err().map(tonic::Status::code), (n == 2).then_some(Code::ResourceExhausted));
+        let Err(status) = answer else { break };
+        assert!(status.get_details_retry_info().is_some());
+    }
+    client.release(ReleaseRequest { request_id: "a".into() }).await.unwrap();
+    client.reserve(reserve("c", &[])).await.unwrap();
+    shutdown.stop_accepting.cancel();
+    let status = client.generate(text("d", 1)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "only what was admitted goes on");
+    let mut stream = client.generate(text("c", 1)).await.unwrap().into_inner();
+    assert!(stream.message().await.unwrap().is_some());
 }
 
 #[tokio::test]

@@ -62,7 +62,7 @@ fn run(scheduler: &mut Scheduler, step: &[Scheduled]) -> usize {
             }
         }
     }
-    scheduler.commit(step);
+    scheduler.commit(step, &[]);
     scheduler.remove(&finished);
     finished.len()
 }
@@ -524,4 +524,30 @@ fn lower_priority_gives_blocks_back_first_and_higher_priority_gets_the_budget() 
     assert!(scheduler.running().iter().all(|s| s.priority == 1), "the earlier arrival gave way");
     run_all(&mut scheduler);
     assert_eq!(ended_once(&mut events, 1).choices, [(8, FinishReason::Length)]);
+}
+
+#[test]
+fn failed_request_leaves_nothing_in_the_cache_and_others_go_on() {
+    let mut scheduler = Scheduler::new(BlockManager::new(32, 4), 8, 10);
+    let prompt: Vec<u32> = (0..18).collect();
+    let (other, mut other_events) = own(2, 4, 5);
+    let (s, _events) = submit(&Request { n: 2, ..request(prompt.clone(), 5) });
+    scheduler.add(other);
+    scheduler.add(s);
+    // The first chunk is computed and known; then the logits behind the second are not finite.
+    let step = scheduler.schedule();
+    run(&mut scheduler, &step);
+    let step = scheduler.schedule();
+    let number = scheduler.running()[1].number();
+    scheduler.commit(&step, &[number]);
+    scheduler.remove_failed(&[number]);
+    assert_eq!(scheduler.len(), 1, "all choices of the request are gone");
+    let (again, _again) = sequence(prompt, 1);
+    scheduler.add(again);
+    scheduler.schedule();
+    let again = scheduler.running().iter().find(|s| s.number() == 2).unwrap();
+    assert_eq!(again.num_computed, 0, "nothing of it is reused");
+    run_all(&mut scheduler);
+    assert_eq!(ended_once(&mut other_events, 1).choices[0].1, FinishReason::Length);
+    assert_eq!(scheduler.blocks().num_free(), 32);
 }
