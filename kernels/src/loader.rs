@@ -47,11 +47,6 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         self.backend.load_weight(&views)
     }
 
-    /// Whether the checkpoint has the tensor `name`.
-    pub fn contains(&self, name: &str) -> bool {
-        self.weights.contains(&self.key(name))
-    }
-
     fn key(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }

@@ -112,11 +112,6 @@ impl Weights {
         Ok(view.clone())
     }
 
-    /// Whether there is a tensor with key `name`.
-    pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
-    }
-
     /// All tensors, by key.
     pub fn iter(&self) -> impl Iterator<Item = &WeightView> {
         self.tensors.values()

@@ -1,6 +1,7 @@
 //! The engine: one thread that owns the device and runs schedule → run → postprocess until there is nothing left to do.
 
 use crate::{
+    block_manager::BlockManager,
     config::Config,
     metrics::{EngineMetrics, Levels},
     model_runner::{CacheSize, ModelRunner},
@@ -160,7 +161,7 @@ impl<B: Backend> Worker<B> {
     fn load(backend: B, options: EngineOptions, cache: CacheSize, stats: Arc<EngineStats>) -> Result<Self> {
         let EngineOptions { weights, model, config, stop_token_ids, banned_token_ids, progress } = options;
         let runner = ModelRunner::load(backend, &weights, &model, &config, cache, &*progress)?;
-        let blocks = runner.block_manager(cache, &config);
+        let blocks = BlockManager::new(cache.num_blocks, config.block_size_tokens);
         stats.num_blocks.store(blocks.num_blocks(), Ordering::Relaxed);
         stats.num_free_blocks.store(blocks.num_free(), Ordering::Relaxed);
         let scheduler = Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens)

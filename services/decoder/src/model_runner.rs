@@ -1,7 +1,6 @@
 //! Turns a schedule into one forward pass.
 
 use crate::{
-    block_manager::BlockManager,
     config::Config,
     model::{ImageRows, Mistral, StepInputs, Workspace},
     scheduler::Scheduled,
@@ -124,11 +123,6 @@ impl<B: Backend> ModelRunner<B> {
             model: loaded,
             backend,
         })
-    }
-
-    /// The blocks that the cache has.
-    pub fn block_manager(&self, cache: CacheSize, config: &Config) -> BlockManager {
-        BlockManager::new(cache.num_blocks, config.block_size_tokens)
     }
 
     /// Computes the step. Returns, in the order of `step`, the logits of each sequence whose last token was computed: pairs of
