@@ -392,3 +392,37 @@ async fn prompt_logprobs_are_those_that_generation_had() {
     }
     assert!(engine.stats().num_preemptions.load(Ordering::Relaxed) > 0, "the pool must be small enough to matter");
 }
+
+/// Choices, priorities, log-probabilities of prompts and cancellations, in a pool so small that sequences give way: what a
+/// choice gets is what it gets alone, up to where it was cancelled.
+#[tokio::test]
+async fn random_requests_get_what_they_get_alone() {
+    let mut num_preemptions = 0;
+    for seed in 0..4 {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let hot = SamplingParams { temperature: 1.0, ..GREEDY };
+        let requests = requests(hot).into_iter().enumerate().map(|(i, r)| Request {
+            request_id: i.to_string(),
+            n: rng.random_range(1..5),
+            priority: rng.random_range(-10..=10),
+            prompt_logprobs: rng.random_bool(0.4).then_some(1),
+            ..r
+        });
+        let requests = requests.collect::<Vec<_>>();
+        let alone = alone(requests.clone()).await;
+        let (_folder, engine) = engine(small());
+        let receivers: Vec<_> = requests.iter().map(|r| engine.submit(r, &Span::none())).collect();
+        let cancelled: Vec<(usize, usize)> = (0..4).map(|_| (rng.random_range(0..requests.len()), rng.random_range(0..4))).collect();
+        for (request, choice) in &cancelled {
+            engine.cancel_choice(request.to_string(), *choice);
+        }
+        for (i, (events, alone)) in receivers.into_iter().zip(alone).enumerate() {
+            for (choice, (found, alone)) in collect_choices(events, requests[i].n).await.into_iter().zip(alone).enumerate() {
+                let cut = cancelled.contains(&(i, choice)) && found.1 == FinishReason::Cancelled && alone.0.starts_with(&found.0);
+                assert!(found == alone || cut, "seed {seed}, request {i}, choice {choice}: {found:?} for {alone:?}");
+            }
+        }
+        num_preemptions += engine.stats().num_preemptions.load(Ordering::Relaxed);
+    }
+    assert!(num_preemptions > 0, "the pool must be small enough to matter");
+}
