@@ -15,7 +15,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Ask a question about pictures and print the answer
-    Ask(AskArgs),
+    Ask(Box<AskArgs>),
     /// Compute the image tokens of pictures and write them to a file
     Encode(EncodeArgs),
     /// Say what a checkpoint is and what memory it needs

@@ -34,7 +34,7 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Ask(args) => block_on(ask::run(args)),
+        Command::Ask(args) => block_on(ask::run(*args)),
         Command::Encode(args) => block_on(encode::run(args)),
         Command::Inspect(args) => inspect::run(&args),
         Command::Serve(args) => block_on(serve::run(args, serve::Role::All)),
