@@ -75,6 +75,17 @@ async fn second_turn_computes_only_what_is_new_and_metrics_say_so() {
         ("idefics_decoder_requests_waiting", 0.0),
         ("idefics_decoder_cached_prompt_tokens_total", f64::from(usage.cached_tokens)),
         ("idefics_gateway_tokens_total{kind=\"cached\"}", f64::from(usage.cached_tokens)),
+        // The first request's picture was computed and shipped; the decoder had it for the other two.
+        ("idefics_vision_images_total{source=\"computed\"}", 1.0),
+        ("idefics_vision_images_queued", 0.0),
+        ("idefics_vision_images_ready", 0.0),
+        ("idefics_vision_encode_seconds_count", 1.0),
+        ("idefics_vision_ship_seconds_count", 1.0),
+        ("idefics_vision_pass_sub_images_size_count", 1.0),
+        ("idefics_decoder_image_store_lookups_total{result=\"miss\"}", 1.0),
+        ("idefics_decoder_image_store_lookups_total{result=\"hit\"}", 2.0),
+        ("idefics_decoder_image_store_images", 1.0),
+        ("idefics_decoder_reservations", 0.0),
     ] {
         assert_eq!(value(&samples, name), expected, "{name}");
     }

@@ -1,6 +1,7 @@
 //! The engine: one thread that owns the device and encodes queued pictures in packed passes, first come, first served.
 
 use crate::{
+    metrics,
     model_runner::{ModelRunner, RunPass, TokensShape},
     preprocess::{Normalization, PatchGrid},
 };
@@ -71,22 +72,25 @@ pub struct EngineStats {
     pub output_cache_bytes: AtomicUsize,
 }
 
-/// Counts one for as long as it lives.
+/// Counts one for as long as it lives, in the engine's statistics and in the process's metrics.
 struct Counted {
     stats: Arc<EngineStats>,
-    gauge: fn(&EngineStats) -> &AtomicUsize,
+    count: fn(&EngineStats) -> &AtomicUsize,
+    gauge: ::metrics::Gauge,
 }
 
 impl Counted {
-    fn new(stats: &Arc<EngineStats>, gauge: fn(&EngineStats) -> &AtomicUsize) -> Self {
-        gauge(stats).fetch_add(1, Ordering::Relaxed);
-        Self { stats: Arc::clone(stats), gauge }
+    fn new(stats: &Arc<EngineStats>, count: fn(&EngineStats) -> &AtomicUsize, gauge: ::metrics::Gauge) -> Self {
+        count(stats).fetch_add(1, Ordering::Relaxed);
+        gauge.increment(1.0);
+        Self { stats: Arc::clone(stats), count, gauge }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        (self.gauge)(&self.stats).fetch_sub(1, Ordering::Relaxed);
+        (self.count)(&self.stats).fetch_sub(1, Ordering::Relaxed);
+        self.gauge.decrement(1.0);
     }
 }
 
@@ -188,8 +192,12 @@ impl Engine {
     /// # Errors
     /// [`EngineError::QueueFull`]
     pub fn admit(&self) -> Result<QueuePermit, EngineError> {
-        let permit = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| EngineError::QueueFull(self.max_queued_images))?;
-        Ok(QueuePermit { _permit: permit, _counted: Counted::new(&self.stats, |stats| &stats.num_queued_images) })
+        let permit = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| {
+            metrics::refused();
+            EngineError::QueueFull(self.max_queued_images)
+        })?;
+        let counted = Counted::new(&self.stats, |stats| &stats.num_queued_images, metrics::images_queued());
+        Ok(QueuePermit { _permit: permit, _counted: counted })
     }
 
     /// Image tokens of one picture's sub-images. Dropping the future takes the picture out of the queue; if it takes part in a
@@ -202,7 +210,7 @@ impl Engine {
             return Err(EngineError::Failed("picture has no sub-images, expected 1 or more".into()));
         }
         let (reply, answer) = oneshot::channel();
-        let counted = Counted::new(&self.stats, |stats| &stats.num_ready_images);
+        let counted = Counted::new(&self.stats, |stats| &stats.num_ready_images, metrics::images_ready());
         let job = Job { picture, _counted: counted, span: info_span!("encode_pass"), reply };
         self.jobs.send(job).map_err(|_| EngineError::Ended)?;
         answer.await.unwrap_or(Err(EngineError::Ended))
@@ -308,7 +316,9 @@ impl<R: RunPass> Worker<R> {
     fn give_up_abandoned(&self, pending: &mut VecDeque<Pending>) {
         let before = pending.len();
         pending.retain(|p| !p.job.reply.is_closed());
-        self.stats.num_abandoned_images.fetch_add((before - pending.len()) as u64, Ordering::Relaxed);
+        let abandoned = (before - pending.len()) as u64;
+        self.stats.num_abandoned_images.fetch_add(abandoned, Ordering::Relaxed);
+        metrics::abandoned(abandoned);
     }
 
     /// The sub-images of the next pass, a range for each of the first pictures: first come, first served, as many as fit. A
@@ -353,14 +363,16 @@ impl<R: RunPass> Worker<R> {
             let bytes = share.start * self.shape.bytes()..share.end * self.shape.bytes();
             outputs.push(&mut bytemuck::cast_slice_mut(&mut p.rows.words)[bytes]);
         }
-        let sub_images = grids.len();
+        let (sub_images, patches) = (grids.len(), grids.iter().map(|grid| grid.rows * grid.cols).sum());
         self.runner.run(&grids, &mut outputs)?;
         for (p, share) in pending.iter_mut().zip(shares) {
             p.next_sub_image = share.end;
         }
         self.stats.num_passes.fetch_add(1, Ordering::Relaxed);
         self.stats.num_sub_images.fetch_add(sub_images as u64, Ordering::Relaxed);
-        tracing::debug!(sub_images, elapsed_ms = started_at.elapsed().as_secs_f64() * 1e3, "vision pass");
+        let elapsed = started_at.elapsed();
+        metrics::pass(elapsed, sub_images, patches);
+        tracing::debug!(sub_images, patches, elapsed_ms = elapsed.as_secs_f64() * 1e3, "vision pass");
         Ok(())
     }
 

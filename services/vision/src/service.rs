@@ -4,6 +4,7 @@ use crate::{
     config::Config,
     encoder::{EncodeError, Encoder},
     engine::{Encoded, Engine, EngineError},
+    metrics,
     preprocess::{ImageLimits, PreprocessOptions},
     ship::Shipper,
 };
@@ -52,6 +53,7 @@ impl Vision {
         decoder: Option<GrpcChannel>,
         shutdown: Shutdown,
     ) -> Self {
+        metrics::describe();
         let limits = ImageLimits {
             max_image_bytes: config.max_image_bytes,
             max_pixels: config.max_image_pixels,
@@ -137,7 +139,9 @@ impl Vision {
         } else {
             let started_at = Instant::now();
             self.ship(&request.ship_to, request.key.clone(), tensor).await?;
-            timings.ship_ms = started_at.elapsed().as_secs_f64() * 1e3;
+            let elapsed = started_at.elapsed();
+            metrics::shipped(elapsed);
+            timings.ship_ms = elapsed.as_secs_f64() * 1e3;
         }
         tracing::debug!(cached, ?timings, tokens, "encoded");
         Ok(EncodeResponse { key: request.key, sub_images, tokens, image_tokens, timings: Some(timings), cached })
