@@ -4,6 +4,7 @@
 pub mod channel;
 pub mod checkpoint;
 pub mod config;
+mod infrastructure;
 pub mod metrics;
 pub mod serve;
 pub mod status;

@@ -2,7 +2,7 @@
 
 use crate::{
     channel::{CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, STREAM_WINDOW_BYTES},
-    status,
+    infrastructure, status,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -99,8 +99,9 @@ impl Shutdown {
 pub struct RoleServer {
     listener: TcpListener,
     config: ServerConfig,
-    base: RoutesBuilder,
+    base: axum::Router,
     handle: ServerHandle,
+    infrastructure_ended: CancellationToken,
 }
 
 impl RoleServer {
@@ -113,21 +114,11 @@ impl RoleServer {
         let listener = TcpListener::bind(config.grpc_addr).await.map_err(|e| {
             std::io::Error::new(e.kind(), format!("cannot listen on {}: {e}; choose another with --grpc-addr", config.grpc_addr))
         })?;
-        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let infrastructure_ended = CancellationToken::new();
+        let (reporter, base) = infrastructure::routes(infrastructure_ended.clone());
         let handle = ServerHandle { reporter, services, routes: Arc::default() };
         handle.set_serving(false).await;
-        let mut base = RoutesBuilder::default();
-        base.add_service(health_service);
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(idefics_proto::FILE_DESCRIPTOR_SET)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        };
-        // Clients still use both versions of the protocol.
-        if let (Ok(v1), Ok(v1alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
-            base.add_service(v1).add_service(v1alpha);
-        }
-        Ok(Self { listener, config, base, handle })
+        Ok(Self { listener, config, base, handle, infrastructure_ended })
     }
 
     /// Where it listens.
@@ -143,13 +134,14 @@ impl RoleServer {
         self.handle.clone()
     }
 
-    /// Serves until shutdown: at `stop_accepting` health turns NOT_SERVING and no connection is taken any more; returns when
-    /// the last stream has ended, at the latest a second after `cancel`.
+    /// Serves until shutdown: at `stop_accepting` health turns NOT_SERVING, then the streams of health and reflection end, and
+    /// no connection is taken any more; returns when the last stream of the role has ended, at the latest a second after
+    /// `cancel`.
     ///
     /// # Errors
     /// If the listener fails.
     pub async fn serve(self, shutdown: Shutdown) -> Result<(), TransportError> {
-        let Self { listener, config, base, handle } = self;
+        let Self { listener, config, base, handle, infrastructure_ended } = self;
         // `Server::tcp_nodelay` does not reach sockets that are handed over; with Nagle's algorithm a call takes 50 ms.
         let incoming = TcpListenerStream::new(listener).map(|socket| socket.inspect(|socket| drop(socket.set_nodelay(true))));
         let mut server = Server::builder()
@@ -171,11 +163,12 @@ impl RoleServer {
                 }
             }
         });
-        let routes = Routes::from(base.routes().into_axum_router().fallback_service(late));
+        let routes = Routes::from(base.fallback_service(late));
         let stop = shutdown.stop_accepting.clone();
         let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, async move {
             stop.cancelled().await;
             handle.set_serving(false).await;
+            infrastructure_ended.cancel();
         });
         tokio::select! {
             result = serving => result,
