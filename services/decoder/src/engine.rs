@@ -123,6 +123,15 @@ impl Engine {
     }
 }
 
+#[cfg(test)]
+impl Engine {
+    /// An engine whose thread has ended.
+    pub(crate) fn ended() -> Self {
+        let ((submissions, _), (_, alive)) = (mpsc::unbounded_channel(), watch::channel(false));
+        Self { submissions, alive, stats: Arc::default(), max_model_tokens: 512, device_name: "none".into() }
+    }
+}
+
 /// Says that the thread has ended, however it ends.
 struct AliveGuard(watch::Sender<bool>);
 

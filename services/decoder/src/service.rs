@@ -293,7 +293,7 @@ fn to_wire(token_id: u32, logprobs: Option<Logprobs>, cached_tokens: Option<usiz
 }
 
 fn ended() -> Status {
-    Status::internal("the decoder's engine has ended; the replica must be restarted")
+    status::unavailable("the decoder's engine has ended; ask another replica and restart this one", RETRY_AFTER)
 }
 
 fn image_key(bytes: &[u8], field: &str) -> Result<ImageKey, Violation> {
@@ -376,4 +376,31 @@ fn sampling_params(wire: pb::SamplingParams, vocab_size: usize, max_new_tokens: 
         ignore_eos: wire.ignore_eos,
         logprobs: wire.logprobs,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use idefics_common::checkpoint::Source;
+    use tonic::Code;
+
+    #[tokio::test]
+    async fn ended_engine_makes_the_role_unavailable() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../idefics/demo/checkpoint");
+        let checkpoint = Checkpoint::open(Source::Folder(folder.into())).unwrap();
+        let decoder = Decoder::new(Config::default(), &checkpoint, "this model".into(), Engine::ended(), Shutdown::default());
+        let codes = [
+            decoder.get_info(Request::new(pb::GetInfoRequest {})).await.err().unwrap(),
+            decoder.reserve(Request::new(pb::ReserveRequest::default())).await.err().unwrap(),
+            decoder.put_image_tokens(Request::new(pb::PutImageTokensRequest::default())).await.err().unwrap(),
+            decoder.generate(Request::new(pb::GenerateRequest::default())).await.err().unwrap(),
+        ]
+        .map(|status| status.code());
+        assert_eq!(codes, [Code::Unavailable; 4]);
+        // What was submitted just before learns it from its stream.
+        let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
+        drop(events);
+        let mut responses = Box::pin(responses(receiver, Shutdown::default()));
+        assert_eq!(tokio_stream::StreamExt::next(&mut responses).await.unwrap().unwrap_err().code(), Code::Unavailable);
+    }
 }

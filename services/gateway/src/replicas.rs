@@ -128,6 +128,11 @@ impl<C> Replica<C> {
     /// Takes the replica out until it answers again.
     pub(crate) fn mark_down(&self) {
         self.hear(Err("is not reachable".into()));
+        self.probe_soon();
+    }
+
+    /// Has it asked who it is at once, whenever the next probe would be.
+    pub(crate) fn probe_soon(&self) {
         self.probe_now.notify_one();
     }
 

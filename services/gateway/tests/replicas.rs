@@ -170,6 +170,38 @@ async fn vision_that_is_down_gives_way_to_another() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn engines_that_have_ended_are_passed_over_and_asked_about_at_once() {
+    let mut world = two().ready().await;
+    ask(&world, chat(vec![picture(b"one")])).await;
+    let names = world.asked_names(4).await;
+    let (decoder, vision) = (usize::from(names[0] == "decoder-1 reserve"), usize::from(names[1] == "vision-1 encode"));
+    // As both roles answer when their engine's thread has ended.
+    *world.decoders[decoder].reserve.lock().unwrap() = Err(Code::Unavailable);
+    *world.visions[vision].encoding.lock().unwrap() = Encoding::Fails(Code::Unavailable, "the vision engine has ended");
+    *world.decoders[decoder].silent.lock().unwrap() = true;
+    *world.visions[vision].silent.lock().unwrap() = true;
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    let names = world.asked_names(5).await;
+    let [first, second] = [decoder, 1 - decoder].map(|i| format!("decoder-{i} reserve"));
+    let [third, fourth] = [vision, 1 - vision].map(|i| format!("vision-{i} encode"));
+    assert_eq!(names[..4], [first, second.clone(), third, fourth.clone()]);
+    // The clock has not moved, so no probe was due by itself.
+    world.decoders.iter().for_each(|decoder| decoder.stored.lock().unwrap().clear());
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    assert_eq!(world.asked_names(3).await[1..], [second, fourth], "behind the end of the first stream");
+}
+
+#[tokio::test(start_paused = true)]
+async fn vision_that_may_not_ship_names_the_setting() {
+    let world = Setup::default().ready().await;
+    *world.visions[0].encoding.lock().unwrap() = Encoding::MayNotShip;
+    let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
+    assert_eq!(error.code(), Code::FailedPrecondition);
+    let expected = "vision vision-0 may not ship to decoder-0; add \"decoder-0\" to its vision.allowed_decoders";
+    assert_eq!(error.message(), expected);
+}
+
+#[tokio::test(start_paused = true)]
 async fn decoder_that_dies_is_named_and_taken_out_until_it_is_back() {
     let world = Setup::default().ready().await;
     let dead = &world.decoders[0].dead;

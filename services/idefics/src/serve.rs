@@ -205,3 +205,34 @@ async fn follow(mut readiness: Readiness, handle: ServerHandle, shutdown: Shutdo
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use idefics_common::{
+        channel::{ChannelConfig, remote},
+        serve::ServerConfig,
+    };
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+    #[tokio::test]
+    async fn health_follows_the_engine() {
+        let config = ServerConfig { grpc_addr: ([127, 0, 0, 1], 0).into(), ..ServerConfig::default() };
+        let server = RoleServer::bind(config, vec![idefics_decoder::SERVICE_NAME]).await.unwrap();
+        let (address, handle, shutdown) = (server.local_addr().unwrap(), server.handle(), Shutdown::default());
+        handle.set_serving(true).await;
+        tokio::spawn(server.serve(shutdown.clone()));
+        let (alive, engine) = watch::channel(true);
+        tokio::spawn(follow(Readiness { all: vec![engine] }, handle, shutdown));
+        let mut client = HealthClient::new(remote(&format!("http://{address}"), &ChannelConfig::default()).unwrap());
+        for service in ["", idefics_decoder::SERVICE_NAME] {
+            alive.send_replace(true);
+            let mut watcher = client.watch(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
+            let mut turns = async |expected| while watcher.message().await.unwrap().unwrap().status() != expected {};
+            turns(ServingStatus::Serving).await;
+            // As the guard in the engine's thread does, however the thread ends.
+            alive.send_replace(false);
+            turns(ServingStatus::NotServing).await;
+        }
+    }
+}

@@ -44,7 +44,7 @@ pub enum EngineError {
     #[error("{0} pictures wait for the vision engine already; try again later")]
     QueueFull(usize),
     /// The engine's thread has ended after a device fault.
-    #[error("the vision engine has ended; the replica must be restarted")]
+    #[error("the vision engine has ended; ask another replica and restart this one")]
     Ended,
     /// The pass in which the picture took part failed.
     #[error("{0}")]

@@ -7,7 +7,7 @@ use idefics_common::{
     channel::{GrpcChannel, in_process},
     checkpoint::{Checkpoint, Source},
     serve::Shutdown,
-    status::{IMAGE_TOKENS_MISSING, failed_precondition},
+    status::{IMAGE_TOKENS_MISSING, SHIP_TO_NOT_ALLOWED, failed_precondition},
 };
 use idefics_gateway::{Gateway, GatewayConfig, Peer, Peers};
 use idefics_proto::{
@@ -104,6 +104,7 @@ pub enum Encoding {
     Never,
     Fails(Code, &'static str),
     Refuses(&'static str),
+    MayNotShip,
 }
 
 /// A peer's behaviour, which a test may change while it runs.
@@ -250,6 +251,7 @@ impl VisionService for FakeVision {
                 std::future::pending::<()>().await;
             }
             Encoding::Fails(code, message) => return Err(Status::new(code, message)),
+            Encoding::MayNotShip => return Err(failed_precondition(SHIP_TO_NOT_ALLOWED, [request.ship_to], "add it there")),
             Encoding::Refuses(what) => {
                 return Err(idefics_common::status::invalid_argument(vec![idefics_common::status::Violation::new("image", what)]));
             }
