@@ -33,11 +33,19 @@ pub struct ServerConfig {
     pub drain_ms: u64,
     /// A connection is closed gracefully at this age, so that clients find new replicas. 0 means never.
     pub max_connection_age_ms: u64,
+    /// Calls at the same time on one connection; a client's further ones wait on its own side.
+    pub max_concurrent_streams: u32,
 }
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self { grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)), metrics_addr: None, drain_ms: 30_000, max_connection_age_ms: 0 }
+        Self {
+            grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            metrics_addr: None,
+            drain_ms: 30_000,
+            max_connection_age_ms: 0,
+            max_concurrent_streams: 256,
+        }
     }
 }
 
@@ -148,6 +156,7 @@ impl RoleServer {
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(MAX_FRAME_BYTES)
+            .max_concurrent_streams(config.max_concurrent_streams)
             .http2_keepalive_interval(Some(Duration::from_secs(20)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)));
         if config.max_connection_age_ms > 0 {

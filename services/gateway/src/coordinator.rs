@@ -8,6 +8,7 @@ use crate::{
     GatewayConfig,
     call::Call,
     detokenize::{Detokenizer, StopTexts},
+    events::Events,
     failure::{Failure, RETRY_AFTER},
     media::{Image, Media},
     metrics,
@@ -25,12 +26,9 @@ use idefics_proto::{
     vision::v1 as vision,
 };
 use std::{sync::Arc, time::Duration};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
-
-/// Where the events of a generation go; bounded, so that a slow client slows only its own stream.
-pub(crate) type Events = mpsc::Sender<Result<pb::GenerationEvent, Status>>;
 
 /// A request that is ready to run.
 #[derive(Clone, Debug)]
@@ -104,7 +102,7 @@ impl Coordinator {
     ///
     /// # Errors
     /// The status for the caller.
-    pub(crate) async fn generate(&self, job: &Job, events: &Events) -> Result<(), Status> {
+    pub(crate) async fn generate(&self, job: &mut Job, events: &Events) -> Result<(), Status> {
         let affinity = match job.media.images.first() {
             Some(image) => Affinity::of_image(image.key),
             None => Affinity::of_prompt(&job.prompt.token_ids),
@@ -141,14 +139,14 @@ impl Coordinator {
         try_join_all(media.images.iter().map(|image| self.encode_image(image, target))).await.map_err(Failure::into_status)
     }
 
-    async fn attempt(&self, job: &Job, decoder: &Arc<Decoder>, events: &Events, progress: &mut Progress) -> Result<(), Failure> {
+    async fn attempt(&self, job: &mut Job, decoder: &Arc<Decoder>, events: &Events, progress: &mut Progress) -> Result<(), Failure> {
         let _running = decoder.start();
         let max_new_tokens = max_new_tokens(job, decoder)?;
         let (reservation, missing) = self.reserve(job, decoder, max_new_tokens).await?;
         self.ship(job, &missing, decoder, &mut progress.timings).await?;
         if !progress.started {
             progress.started = true;
-            send(events, Event::Started(started(job))).await?;
+            events.send(Event::Started(started(job))).await?;
         }
         progress.generate_at = Some(Instant::now());
         let stream = match self.open(job, decoder, max_new_tokens).await {
@@ -162,6 +160,10 @@ impl Coordinator {
         };
         // From here on, dropping the stream is what cancels.
         reservation.keep();
+        if stream.first.is_some() {
+            // No other decoder will take the request now, so nobody will ask for its pictures.
+            job.media.drop_pictures();
+        }
         let span = tracing::info_span!("generate", request_id = job.call.request_id, decoder = decoder.uri);
         self.relay(job, decoder, stream, events, progress).instrument(span).await
     }
@@ -297,7 +299,7 @@ impl Coordinator {
                     progress.cached_tokens = token.cached_tokens.unwrap_or(progress.cached_tokens);
                     progress.note_token(&job.call);
                     let piece = stops.push(&detokenizer.push(token.token_id));
-                    send(events, Event::Delta(delta(piece.text, token))).await?;
+                    events.send(Event::Delta(delta(piece.text, token))).await?;
                     if piece.stopped {
                         drop(stream);
                         return self.finish(job, pb::FinishReason::Stop, None, events, progress).await;
@@ -308,7 +310,7 @@ impl Coordinator {
                     let piece = stops.push(&detokenizer.finish());
                     let text = if piece.stopped { piece.text } else { piece.text + &stops.finish() };
                     if !text.is_empty() {
-                        send(events, Event::Delta(pb::Delta { text, ..Default::default() })).await?;
+                        events.send(Event::Delta(pb::Delta { text, ..Default::default() })).await?;
                     }
                     let reason = match finished.reason() {
                         _ if piece.stopped => pb::FinishReason::Stop,
@@ -354,7 +356,7 @@ impl Coordinator {
         tracing::debug!(request_id = job.call.request_id, prompt_tokens, image_tokens, completion_tokens, total_ms, "finished");
         let usage = pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens: progress.cached_tokens };
         metrics::finished(&usage, job.call.elapsed());
-        send(events, Event::Finished(pb::Finished { reason: reason.into(), usage: Some(usage), timings: Some(timings) })).await
+        events.send(Event::Finished(pb::Finished { reason: reason.into(), usage: Some(usage), timings: Some(timings) })).await
     }
 }
 
@@ -437,11 +439,6 @@ fn images_named<'a>(job: &'a Job, decoder: &Decoder, named: impl Fn(&Image) -> b
     }
     tracing::error!(decoder = decoder.uri, count, "decoder names images that are not in the request");
     Err(Failure::Final(Status::internal(format!("decoder {} named images that are not in the request", decoder.uri))))
-}
-
-async fn send(events: &Events, event: Event) -> Result<(), Failure> {
-    // Nobody reads this status: the receiver is gone.
-    events.send(Ok(pb::GenerationEvent { event: Some(event) })).await.map_err(|_| Failure::Final(Status::cancelled("the caller went away")))
 }
 
 fn started(job: &Job) -> pb::Started {

@@ -1,13 +1,15 @@
 //! The gateway role: the public face of idefics-serve.
 //!
-//! A request is checked (`validate`), laid out (`template`), tokenized (`prompt`, `tokenizer`), its pictures are named
+//! A request is let in (`admission`), checked (`validate`), laid out (`template`), tokenized (`prompt`, `tokenizer`), its pictures are named
 //! (`media`); then it goes to the peers (`coordinator`, `replicas`), and their tokens come back as text (`detokenize`).
 #![forbid(unsafe_code)]
 
+mod admission;
 mod call;
 mod config;
 mod coordinator;
 mod detokenize;
+mod events;
 mod failure;
 mod media;
 mod metrics;
@@ -20,6 +22,7 @@ mod testing;
 mod tokenizer;
 mod validate;
 
+pub use admission::AdmissionServer;
 pub use config::GatewayConfig;
 pub use replicas::{Peer, Peers};
 pub use service::{Gateway, SERVICE_NAME};

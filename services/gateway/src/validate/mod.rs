@@ -348,8 +348,10 @@ impl<'a> Check<'a> {
     fn cache_salt(&mut self, salt: Bytes) -> Bytes {
         if salt.len() > MAX_CACHE_SALT_BYTES {
             self.refuse("cache_salt", format!("has {} bytes, expected at most {MAX_CACHE_SALT_BYTES}", salt.len()));
+            return Bytes::new();
         }
-        salt
+        // A slice of the request's body would keep all of it.
+        Bytes::copy_from_slice(&salt)
     }
 }
 
