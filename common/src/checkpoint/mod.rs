@@ -75,7 +75,7 @@ impl Checkpoint {
         config.validate().map_err(|what| source.content("config.json", what))?;
         let preprocessor: PreprocessorConfig =
             json(&source, "preprocessor_config.json")?.ok_or_else(|| source.missing("preprocessor_config.json"))?;
-        preprocessor.validate().map_err(|what| source.content("preprocessor_config.json", what))?;
+        preprocessor.validate(&config.vision_config).map_err(|what| source.content("preprocessor_config.json", what))?;
         let image_seq_len = json::<processor::ProcessorConfig>(&source, "processor_config.json")?.and_then(|c| c.image_seq_len);
         if let Some(found) = image_seq_len.filter(|n| *n != config.perceiver_config.resampler_n_latents) {
             let expected = config.perceiver_config.resampler_n_latents;
