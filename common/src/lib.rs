@@ -5,6 +5,7 @@ pub mod channel;
 pub mod checkpoint;
 pub mod config;
 mod infrastructure;
+mod listen;
 pub mod metrics;
 pub mod serve;
 pub mod status;

@@ -2,7 +2,8 @@
 
 use crate::{
     channel::{CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, STREAM_WINDOW_BYTES},
-    infrastructure, status,
+    config::Validate,
+    infrastructure, listen, status,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -25,10 +26,10 @@ use tower::ServiceExt;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
-    /// Address to listen on; port 0 takes a free one, which the `ready` log line names.
-    pub grpc_addr: SocketAddr,
-    /// Address of `/metrics` for Prometheus; none unless given.
-    pub metrics_addr: Option<SocketAddr>,
+    /// `HOST:PORT` to listen on, resolved at start; port 0 takes a free one, which the `ready` log line names.
+    pub grpc_addr: String,
+    /// `HOST:PORT` of `/metrics` for Prometheus; none unless given.
+    pub metrics_addr: Option<String>,
     /// After SIGTERM, streams may go on for this long before they are cancelled with `UNAVAILABLE`.
     pub drain_ms: u64,
     /// A connection is closed gracefully at this age, so that clients find new replicas. 0 means never.
@@ -40,11 +41,24 @@ pub struct ServerConfig {
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
-            grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            grpc_addr: "127.0.0.1:50051".into(),
             metrics_addr: None,
             drain_ms: 30_000,
             max_connection_age_ms: 0,
             max_concurrent_streams: 256,
+        }
+    }
+}
+
+impl Validate for ServerConfig {
+    fn problems(&self, problems: &mut Vec<String>) {
+        for (key, address) in [("grpc_addr", Some(&self.grpc_addr)), ("metrics_addr", self.metrics_addr.as_ref())] {
+            if let Some(Err(problem)) = address.map(|address| listen::check(address)) {
+                problems.push(format!("server.{key} {problem}"));
+            }
+        }
+        if self.max_concurrent_streams == 0 {
+            problems.push("server.max_concurrent_streams is 0, expected 1 or more".into());
         }
     }
 }
@@ -117,11 +131,9 @@ impl RoleServer {
     /// names, as in `idefics.vision.v1.VisionService`.
     ///
     /// # Errors
-    /// If the address cannot be bound.
+    /// If the address does not resolve or cannot be bound.
     pub async fn bind(config: ServerConfig, services: Vec<&'static str>) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(config.grpc_addr).await.map_err(|e| {
-            std::io::Error::new(e.kind(), format!("cannot listen on {}: {e}; choose another with --grpc-addr", config.grpc_addr))
-        })?;
+        let listener = listen::bind(&config.grpc_addr, "--grpc-addr").await?;
         let infrastructure_ended = CancellationToken::new();
         let (reporter, base) = infrastructure::routes(infrastructure_ended.clone());
         let handle = ServerHandle { reporter, services, routes: Arc::default() };

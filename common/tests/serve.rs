@@ -44,7 +44,7 @@ impl Running {
 
     /// The same, on a free port but otherwise as configured.
     async fn start_with(config: ServerConfig) -> Self {
-        let config = ServerConfig { grpc_addr: ([127, 0, 0, 1], 0).into(), ..config };
+        let config = ServerConfig { grpc_addr: "127.0.0.1:0".into(), ..config };
         let server = RoleServer::bind(config, vec!["test.Service"]).await.unwrap();
         let (address, handle, shutdown) = (server.local_addr().unwrap(), server.handle(), Shutdown::default());
         handle.set_serving(true).await;

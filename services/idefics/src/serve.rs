@@ -55,7 +55,7 @@ pub(crate) async fn run(args: ServeArgs, role: Role) -> Result<()> {
     telemetry::init(config.log.format, &config.log.filter).map_err(anyhow::Error::msg)?;
     let shutdown = Shutdown::default();
     shutdown.on_signals(Duration::from_millis(config.server.drain_ms))?;
-    if let Some(address) = config.server.metrics_addr {
+    if let Some(address) = &config.server.metrics_addr {
         let metrics = MetricsServer::bind(address).await.map_err(anyhow::Error::msg)?;
         tracing::info!(role = role.name(), metrics_addr = %metrics.local_addr()?, "metrics");
         tokio::spawn(metrics.serve(shutdown.clone()));
@@ -87,10 +87,10 @@ pub(crate) async fn run(args: ServeArgs, role: Role) -> Result<()> {
 
 fn load_config(args: &ServeArgs) -> Result<Config> {
     let mut flags = json!({});
-    if let Some(address) = args.grpc_addr {
+    if let Some(address) = &args.grpc_addr {
         flags["server"]["grpc_addr"] = json!(address);
     }
-    if let Some(address) = args.metrics_addr {
+    if let Some(address) = &args.metrics_addr {
         flags["server"]["metrics_addr"] = json!(address);
     }
     if let Some(format) = args.log_format {
@@ -217,7 +217,7 @@ mod tests {
 
     #[tokio::test]
     async fn health_follows_the_engine() {
-        let config = ServerConfig { grpc_addr: ([127, 0, 0, 1], 0).into(), ..ServerConfig::default() };
+        let config = ServerConfig { grpc_addr: "localhost:0".into(), ..ServerConfig::default() };
         let server = RoleServer::bind(config, vec![idefics_decoder::SERVICE_NAME]).await.unwrap();
         let (address, handle, shutdown) = (server.local_addr().unwrap(), server.handle(), Shutdown::default());
         handle.set_serving(true).await;
