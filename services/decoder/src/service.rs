@@ -23,6 +23,7 @@ use idefics_proto::{
     tensor::v1 as tensor,
 };
 use std::{
+    collections::HashMap,
     fmt::Display,
     pin::Pin,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -56,6 +57,7 @@ pub struct Decoder {
     vocab_size: usize,
     hidden_size: usize,
     tokens_per_image: usize,
+    file_hashes: HashMap<String, String>,
     shutdown: Shutdown,
 }
 
@@ -71,6 +73,7 @@ impl Decoder {
             vocab_size: checkpoint.config.text_config.vocab_size,
             hidden_size: checkpoint.config.text_config.hidden_size,
             tokens_per_image: checkpoint.tokens_per_image(),
+            file_hashes: checkpoint.hashes_of(&["config.json", "tokenizer.json"]),
             shutdown,
         }
     }
@@ -244,6 +247,7 @@ impl DecoderService for Decoder {
             hidden_size: self.hidden_size as u32,
             device: self.engine.device_name().to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            file_hashes: self.file_hashes.clone(),
         }))
     }
 }

@@ -38,6 +38,9 @@ pub enum GatewayError {
         /// What was expected and what was found.
         what: String,
     },
+    /// The weights are there but cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] idefics_common::checkpoint::CheckpointError),
     /// The chat template cannot be compiled.
     #[error("checkpoint {checkpoint}: chat template: {what}")]
     Template {

@@ -64,12 +64,12 @@ impl Gateway {
     /// A gateway in front of `peers`, which it begins to ask who they are. Call it within a tokio runtime.
     ///
     /// # Errors
-    /// [`GatewayError`] if the checkpoint's tokenizer or template cannot be used.
+    /// [`GatewayError`] if the checkpoint's tokenizer or template cannot be used, or its weights are there but cannot be read.
     pub fn new(config: GatewayConfig, checkpoint: Checkpoint, peers: Peers, shutdown: Shutdown) -> Result<Self, GatewayError> {
         metrics::describe();
         let tokenizer = Arc::new(TextTokenizer::new(&checkpoint)?);
         let template = ChatTemplate::new(&checkpoint)?;
-        let replicas = Arc::new(Replicas::new(peers, &checkpoint));
+        let replicas = Arc::new(Replicas::new(peers, &checkpoint)?);
         let probes = replicas.probe(&config);
         Ok(Self(Arc::new(Inner {
             limits: Limits::new(&config, &checkpoint),

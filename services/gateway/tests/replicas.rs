@@ -2,6 +2,7 @@
 
 mod support;
 
+use idefics_common::checkpoint::{Checkpoint, Source};
 use idefics_proto::{decoder::v1::FinishReason, gateway::v1 as pb};
 use std::{collections::HashSet, sync::atomic::Ordering};
 use support::{Encoding, Script, Setup, ask, chat, picture, text};
@@ -68,6 +69,54 @@ async fn peers_of_another_shape_are_not_used() {
     assert!(!*world.gateway.watch_ready().borrow());
     let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
     assert!(error.message().contains("4096") && error.message().contains("256"), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_with_other_files_than_the_gateways_are_not_used() {
+    for (role, file) in [("decoder-0", "config.json"), ("decoder-0", "tokenizer.json"), ("vision-0", "preprocessor_config.json")] {
+        let world = Setup::default().build();
+        let peer = if role == "decoder-0" { &world.decoders[0] } else { &world.visions[0] };
+        let before = peer.file_hashes.lock().unwrap().insert(file.into(), "0123456789abcdef".into()).unwrap();
+        world.settle().await;
+        assert!(!*world.gateway.watch_ready().borrow());
+        let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
+        assert_eq!(error.code(), Code::Unavailable);
+        for expected in [role, file, "0123456789ab", &before[..12], "--model"] {
+            assert!(error.message().contains(expected), "no {expected} in {error:?}");
+        }
+        // Started anew with the right files, it is used from the next probe on.
+        peer.file_hashes.lock().unwrap().insert(file.into(), before);
+        world.gateway.wait_ready().await;
+        assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_unlike_the_gateway_do_not_decide_what_is_served() {
+    let world = Setup { decoders: 3, ..Default::default() }.build();
+    for decoder in &world.decoders[..2] {
+        *decoder.fingerprint.lock().unwrap() = "f2".into();
+        decoder.file_hashes.lock().unwrap().insert("config.json".into(), "another".into());
+    }
+    world.settle().await;
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    assert_eq!(world.client().get_model(pb::GetModelRequest {}).await.unwrap().into_inner().fingerprint, support::FINGERPRINT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn gateway_with_weights_serves_its_own_checkpoint_only() {
+    let checkpoint = Checkpoint::open(Source::Folder(support::demo())).unwrap();
+    let ours = checkpoint.fingerprint().unwrap();
+    let world = Setup { checkpoint, ..Default::default() }.build();
+    world.settle().await;
+    let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
+    let expected = format!("decoder-0 serves the checkpoint {}, expected {ours}, the gateway's own", support::FINGERPRINT);
+    assert!(error.code() == Code::Unavailable && error.message().contains(&expected), "{error:?}");
+    for peer in world.decoders.iter().chain(&world.visions) {
+        peer.fingerprint.lock().unwrap().clone_from(&ours);
+    }
+    world.gateway.wait_ready().await;
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
 }
 
 #[tokio::test(start_paused = true)]

@@ -24,7 +24,10 @@ use idefics_proto::{
         vision_service_server::{VisionService, VisionServiceServer},
     },
 };
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument;
 
@@ -42,6 +45,7 @@ pub struct Vision {
     tokens_per_image: u32,
     hidden_size: u32,
     fingerprint: String,
+    file_hashes: HashMap<String, String>,
     ship_timeout: Duration,
     shutdown: Shutdown,
 }
@@ -70,6 +74,7 @@ impl Vision {
             tokens_per_image: checkpoint.tokens_per_image() as u32,
             hidden_size: checkpoint.config.text_config.hidden_size as u32,
             fingerprint,
+            file_hashes: checkpoint.hashes_of(&["config.json", "preprocessor_config.json"]),
             ship_timeout: Duration::from_millis(config.ship_timeout_ms),
             shutdown,
         }
@@ -184,6 +189,7 @@ impl VisionService for Vision {
             hidden_size: self.hidden_size,
             device: self.encoder.engine().device_name().to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            file_hashes: self.file_hashes.clone(),
         }))
     }
 }
