@@ -6,7 +6,7 @@ use crate::{
     preprocess::{Normalization, PatchGrid},
 };
 use bytes::Bytes;
-use idefics_common::checkpoint::ModelConfig;
+use idefics_common::{checkpoint::ModelConfig, engine_thread};
 use idefics_kernels::{Backend, DType, Error, Result, weights::Weights};
 use std::{
     collections::VecDeque,
@@ -15,7 +15,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    thread,
     time::Instant,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -169,21 +168,10 @@ impl Engine {
         load: impl FnOnce() -> Result<R> + Send + 'static,
     ) -> Result<Self> {
         let (jobs, receiver) = mpsc::unbounded_channel();
-        let (alive_sender, alive) = watch::channel(true);
-        let (loaded_sender, loaded) = std::sync::mpsc::channel();
         let stats = Arc::new(EngineStats::default());
         let worker_stats = Arc::clone(&stats);
-        let spawned = thread::Builder::new().name("vision-engine".into()).spawn(move || {
-            let _alive = AliveGuard(alive_sender);
-            let runner = match load() {
-                Ok(runner) => runner,
-                Err(error) => return drop(loaded_sender.send(Err(error))),
-            };
-            drop(loaded_sender.send(Ok(())));
-            Worker { shape: runner.tokens_shape(), runner, stats: worker_stats }.run(receiver);
-        });
-        spawned.map_err(|e| Error::Device(format!("the engine's thread cannot be started: {e}")))?;
-        loaded.recv().unwrap_or_else(|_| Err(Error::Device("the engine's thread ended while it loaded".into())))?;
+        let run = |runner: R| Worker { shape: runner.tokens_shape(), runner, stats: worker_stats }.run(receiver);
+        let alive = engine_thread::start("vision-engine", load, run, Error::Device)?;
         Ok(Self { jobs, queue: Arc::new(Semaphore::new(max_queued_images)), max_queued_images, stats, alive, device_name })
     }
 
@@ -229,15 +217,6 @@ impl Engine {
     /// `cpu`, or the name of the card.
     pub fn device_name(&self) -> &str {
         &self.device_name
-    }
-}
-
-/// Says that the thread has ended, however it ends.
-struct AliveGuard(watch::Sender<bool>);
-
-impl Drop for AliveGuard {
-    fn drop(&mut self) {
-        self.0.send_replace(false);
     }
 }
 
