@@ -110,13 +110,16 @@ async fn prompt_lookup_gives_the_same_answers() {
 #[tokio::test]
 async fn full_gateway_refuses_uploads_at_once_and_says_that_it_serves() {
     let server = Server::start(IDEFICS, "serve", None, &[("IDEFICS_GATEWAY__MAX_CONCURRENT_REQUESTS", "1")]).ready();
-    // A request whose message never comes.
+    // A request whose message never comes; it is sent again where one of the small ones below is there first.
     let mut unfinished = tonic::client::Grpc::new(channel(&server).await);
     let method = PathAndQuery::from_static("/idefics.gateway.v1.GatewayService/Chat");
     let upload = tokio::spawn(async move {
-        unfinished.ready().await.unwrap();
-        let messages = Request::new(tokio_stream::pending::<ChatRequest>());
-        unfinished.client_streaming(messages, method, ProstCodec::<_, ChatResponse>::default()).await
+        loop {
+            unfinished.ready().await.unwrap();
+            let messages = Request::new(tokio_stream::pending::<ChatRequest>());
+            let codec = ProstCodec::<_, ChatResponse>::default();
+            unfinished.client_streaming(messages, method.clone(), codec).await.expect_err("it has no message");
+        }
     });
     let mut client = gateway(&server).await;
     let small = || TokenizeRequest { input: Some(tokenize_request::Input::Text("x".into())), image_options: None };
