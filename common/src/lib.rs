@@ -4,6 +4,9 @@
 pub mod channel;
 pub mod checkpoint;
 pub mod config;
+pub mod engine_thread;
+mod infrastructure;
+mod listen;
 pub mod metrics;
 pub mod serve;
 pub mod status;

@@ -1,6 +1,6 @@
 //! Prometheus metrics of a process, at `/metrics` of an address of their own.
 
-use crate::serve::Shutdown;
+use crate::{listen, serve::Shutdown};
 use axum::{Router, routing::get};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::{net::SocketAddr, time::Duration};
@@ -20,13 +20,12 @@ pub struct MetricsServer {
 }
 
 impl MetricsServer {
-    /// Binds the address and installs the process-wide recorder.
+    /// Binds `HOST:PORT` and installs the process-wide recorder.
     ///
     /// # Errors
-    /// If the address cannot be bound, or a recorder is installed already.
-    pub async fn bind(address: SocketAddr) -> Result<Self, String> {
-        let listener = TcpListener::bind(address).await;
-        let listener = listener.map_err(|e| format!("cannot listen on {address}: {e}; choose another with --metrics-addr"))?;
+    /// If the address does not resolve or cannot be bound, or a recorder is installed already.
+    pub async fn bind(address: &str) -> Result<Self, String> {
+        let listener = listen::bind(address, "--metrics-addr").await.map_err(|e| e.to_string())?;
         let builder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS_BUCKETS)
             .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_size".into()), &COUNT_BUCKETS));

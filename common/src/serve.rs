@@ -2,7 +2,8 @@
 
 use crate::{
     channel::{CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, STREAM_WINDOW_BYTES},
-    status,
+    config::Validate,
+    infrastructure, listen, status,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -25,19 +26,40 @@ use tower::ServiceExt;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
-    /// Address to listen on; port 0 takes a free one, which the `ready` log line names.
-    pub grpc_addr: SocketAddr,
-    /// Address of `/metrics` for Prometheus; none unless given.
-    pub metrics_addr: Option<SocketAddr>,
+    /// `HOST:PORT` to listen on, resolved at start; port 0 takes a free one, which the `ready` log line names.
+    pub grpc_addr: String,
+    /// `HOST:PORT` of `/metrics` for Prometheus; none unless given.
+    pub metrics_addr: Option<String>,
     /// After SIGTERM, streams may go on for this long before they are cancelled with `UNAVAILABLE`.
     pub drain_ms: u64,
     /// A connection is closed gracefully at this age, so that clients find new replicas. 0 means never.
     pub max_connection_age_ms: u64,
+    /// Calls at the same time on one connection; a client's further ones wait on its own side.
+    pub max_concurrent_streams: u32,
 }
 
 impl Default for ServerConfig {
     fn default() -> Self {
-        Self { grpc_addr: SocketAddr::from(([127, 0, 0, 1], 50051)), metrics_addr: None, drain_ms: 30_000, max_connection_age_ms: 0 }
+        Self {
+            grpc_addr: "127.0.0.1:50051".into(),
+            metrics_addr: None,
+            drain_ms: 30_000,
+            max_connection_age_ms: 0,
+            max_concurrent_streams: 256,
+        }
+    }
+}
+
+impl Validate for ServerConfig {
+    fn problems(&self, problems: &mut Vec<String>) {
+        for (key, address) in [("grpc_addr", Some(&self.grpc_addr)), ("metrics_addr", self.metrics_addr.as_ref())] {
+            if let Some(Err(problem)) = address.map(|address| listen::check(address)) {
+                problems.push(format!("server.{key} {problem}"));
+            }
+        }
+        if self.max_concurrent_streams == 0 {
+            problems.push("server.max_concurrent_streams is 0, expected 1 or more".into());
+        }
     }
 }
 
@@ -99,8 +121,9 @@ impl Shutdown {
 pub struct RoleServer {
     listener: TcpListener,
     config: ServerConfig,
-    base: RoutesBuilder,
+    base: axum::Router,
     handle: ServerHandle,
+    infrastructure_ended: CancellationToken,
 }
 
 impl RoleServer {
@@ -108,26 +131,14 @@ impl RoleServer {
     /// names, as in `idefics.vision.v1.VisionService`.
     ///
     /// # Errors
-    /// If the address cannot be bound.
+    /// If the address does not resolve or cannot be bound.
     pub async fn bind(config: ServerConfig, services: Vec<&'static str>) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(config.grpc_addr).await.map_err(|e| {
-            std::io::Error::new(e.kind(), format!("cannot listen on {}: {e}; choose another with --grpc-addr", config.grpc_addr))
-        })?;
-        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let listener = listen::bind(&config.grpc_addr, "--grpc-addr").await?;
+        let infrastructure_ended = CancellationToken::new();
+        let (reporter, base) = infrastructure::routes(infrastructure_ended.clone());
         let handle = ServerHandle { reporter, services, routes: Arc::default() };
         handle.set_serving(false).await;
-        let mut base = RoutesBuilder::default();
-        base.add_service(health_service);
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(idefics_proto::FILE_DESCRIPTOR_SET)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        };
-        // Clients still use both versions of the protocol.
-        if let (Ok(v1), Ok(v1alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
-            base.add_service(v1).add_service(v1alpha);
-        }
-        Ok(Self { listener, config, base, handle })
+        Ok(Self { listener, config, base, handle, infrastructure_ended })
     }
 
     /// Where it listens.
@@ -143,19 +154,21 @@ impl RoleServer {
         self.handle.clone()
     }
 
-    /// Serves until shutdown: at `stop_accepting` health turns NOT_SERVING and no connection is taken any more; returns when
-    /// the last stream has ended, at the latest a second after `cancel`.
+    /// Serves until shutdown: at `stop_accepting` health turns NOT_SERVING, then the streams of health and reflection end, and
+    /// no connection is taken any more; returns when the last stream of the role has ended, at the latest a second after
+    /// `cancel`.
     ///
     /// # Errors
     /// If the listener fails.
     pub async fn serve(self, shutdown: Shutdown) -> Result<(), TransportError> {
-        let Self { listener, config, base, handle } = self;
+        let Self { listener, config, base, handle, infrastructure_ended } = self;
         // `Server::tcp_nodelay` does not reach sockets that are handed over; with Nagle's algorithm a call takes 50 ms.
         let incoming = TcpListenerStream::new(listener).map(|socket| socket.inspect(|socket| drop(socket.set_nodelay(true))));
         let mut server = Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(MAX_FRAME_BYTES)
+            .max_concurrent_streams(config.max_concurrent_streams)
             .http2_keepalive_interval(Some(Duration::from_secs(20)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)));
         if config.max_connection_age_ms > 0 {
@@ -171,11 +184,12 @@ impl RoleServer {
                 }
             }
         });
-        let routes = Routes::from(base.routes().into_axum_router().fallback_service(late));
+        let routes = Routes::from(base.fallback_service(late));
         let stop = shutdown.stop_accepting.clone();
         let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, async move {
             stop.cancelled().await;
             handle.set_serving(false).await;
+            infrastructure_ended.cancel();
         });
         tokio::select! {
             result = serving => result,

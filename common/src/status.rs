@@ -8,6 +8,8 @@ use tonic_types::{ErrorDetails, FieldViolation, PreconditionViolation, StatusExt
 pub const IMAGE_TOKENS_MISSING: &str = "IMAGE_TOKENS_MISSING";
 /// Violation type of roles that serve different checkpoints.
 pub const MODEL_FINGERPRINT: &str = "MODEL_FINGERPRINT";
+/// Violation type of a vision role that is not configured to ship to a decoder; the subject is the decoder's URI.
+pub const SHIP_TO_NOT_ALLOWED: &str = "SHIP_TO_NOT_ALLOWED";
 
 /// One thing that is wrong with a request: the field's path and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,8 +1,8 @@
 //! What the serving engine adds to an answer: reuse of what was computed before, and numbers about it.
 
-use idefics_proto::gateway::v1::{ChatRequest, Message, Role};
+use idefics_proto::gateway::v1::{ChatRequest, ChatResponse, EncodeImagesRequest, Image, Message, Role, TokenizeRequest, tokenize_request};
 use idefics_tests::{
-    client::{ask, chat, gateway, image, text, until},
+    client::{ask, channel, chat, gateway, health, image, text, until, within_deadline},
     golden,
     process::{Idefics, Server},
 };
@@ -11,6 +11,10 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
 };
+use tonic::{Code, Request, codegen::http::uri::PathAndQuery};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_prost::ProstCodec;
+use tonic_types::StatusExt;
 
 const IDEFICS: Idefics = Idefics(env!("CARGO_BIN_EXE_idefics-under-test"));
 
@@ -75,6 +79,17 @@ async fn second_turn_computes_only_what_is_new_and_metrics_say_so() {
         ("idefics_decoder_requests_waiting", 0.0),
         ("idefics_decoder_cached_prompt_tokens_total", f64::from(usage.cached_tokens)),
         ("idefics_gateway_tokens_total{kind=\"cached\"}", f64::from(usage.cached_tokens)),
+        // The first request's picture was computed and shipped; the decoder had it for the other two.
+        ("idefics_vision_images_total{source=\"computed\"}", 1.0),
+        ("idefics_vision_images_queued", 0.0),
+        ("idefics_vision_images_ready", 0.0),
+        ("idefics_vision_encode_seconds_count", 1.0),
+        ("idefics_vision_ship_seconds_count", 1.0),
+        ("idefics_vision_pass_sub_images_size_count", 1.0),
+        ("idefics_decoder_image_store_lookups_total{result=\"miss\"}", 1.0),
+        ("idefics_decoder_image_store_lookups_total{result=\"hit\"}", 2.0),
+        ("idefics_decoder_image_store_images", 1.0),
+        ("idefics_decoder_reservations", 0.0),
     ] {
         assert_eq!(value(&samples, name), expected, "{name}");
     }
@@ -90,4 +105,31 @@ async fn prompt_lookup_gives_the_same_answers() {
     request.sampling.as_mut().unwrap().max_new_tokens = Some(40);
     let reply = ask(&mut client, request).await.unwrap();
     assert_eq!(reply.text.trim(), "A blue star, a purple diamond and a pink cross on a gray background.");
+}
+
+#[tokio::test]
+async fn full_gateway_refuses_uploads_at_once_and_says_that_it_serves() {
+    let server = Server::start(IDEFICS, "serve", None, &[("IDEFICS_GATEWAY__MAX_CONCURRENT_REQUESTS", "1")]).ready();
+    // A request whose message never comes; it is sent again where one of the small ones below is there first.
+    let mut unfinished = tonic::client::Grpc::new(channel(&server).await);
+    let method = PathAndQuery::from_static("/idefics.gateway.v1.GatewayService/Chat");
+    let upload = tokio::spawn(async move {
+        loop {
+            unfinished.ready().await.unwrap();
+            let messages = Request::new(tokio_stream::pending::<ChatRequest>());
+            let codec = ProstCodec::<_, ChatResponse>::default();
+            unfinished.client_streaming(messages, method.clone(), codec).await.expect_err("it has no message");
+        }
+    });
+    let mut client = gateway(&server).await;
+    let small = || TokenizeRequest { input: Some(tokenize_request::Input::Text("x".into())), image_options: None };
+    until("the gateway is full", async || client.tokenize(small()).await.err()).await;
+    // Far more than the windows of the connection take.
+    let images = vec![Image { data: vec![0; 60 << 20].into() }];
+    let status = within_deadline(client.encode_images(EncodeImagesRequest { images, image_options: None })).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    assert!(status.get_details_retry_info().is_some_and(|info| info.retry_delay.is_some()), "{status:?}");
+    assert_eq!(health(&server, "").await, Some(ServingStatus::Serving));
+    upload.abort();
+    until("the gateway has room", async || client.tokenize(small()).await.ok()).await;
 }

@@ -2,18 +2,18 @@
 
 use idefics_proto::{
     decoder::v1::{GetInfoRequest, PutImageTokensRequest, decoder_service_client::DecoderServiceClient},
-    gateway::v1::{FinishReason, GenerateResponse, generation_event::Event},
+    gateway::v1::{FinishReason, GenerateResponse, gateway_service_client::GatewayServiceClient, generation_event::Event},
     tensor::v1::{DataType, Tensor},
     vision::v1::{EncodeRequest, PreprocessOptions, vision_service_client::VisionServiceClient},
 };
 use idefics_tests::{
     checkpoint,
-    client::{self, chat, gateway, image, raw, text, until, within_deadline},
+    client::{self, chat, complete, gateway, image, raw, text, until, within_deadline},
     golden::{self, Pictures},
     process::{Idefics, Server},
 };
 use std::{ffi::OsString, fs, net::TcpListener, path::Path};
-use tonic::{Code, Streaming};
+use tonic::{Code, Streaming, transport::Channel};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_reflection::pb::v1::{
     ServerReflectionRequest, server_reflection_client::ServerReflectionClient, server_reflection_request::MessageRequest,
@@ -235,14 +235,21 @@ async fn decoder_checks_every_tensor_that_it_is_sent() {
 }
 
 /// A long answer that has begun.
-async fn streaming(server: &Server, new_tokens: u32) -> Streaming<GenerateResponse> {
-    let mut stream = gateway(server).await.generate(raw("The shape is", vec![], new_tokens)).await.expect("accepted").into_inner();
+async fn streaming(client: &mut GatewayServiceClient<Channel>, new_tokens: u32) -> Streaming<GenerateResponse> {
+    let mut stream = client.generate(raw("The shape is", vec![], new_tokens)).await.expect("accepted").into_inner();
     while let Some(message) = within_deadline(stream.message()).await.expect("no error") {
         if let Some(Event::Delta(_)) = message.event.and_then(|e| e.event) {
             return stream;
         }
     }
     panic!("the stream ended before its first token")
+}
+
+/// Asks until a call is refused, which must be soon and for the right reason.
+async fn refused(client: &GatewayServiceClient<Channel>) {
+    let refused = async || complete(&mut client.clone(), raw("The shape is", vec![], 1)).await.err();
+    let status = until("new calls are refused", refused).await;
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
 }
 
 async fn finish(mut stream: Streaming<GenerateResponse>) -> Option<FinishReason> {
@@ -260,8 +267,10 @@ async fn finish(mut stream: Streaming<GenerateResponse>) -> Option<FinishReason>
 async fn sigterm_finishes_streams_and_ends_cleanly() {
     let model = checkpoint::random();
     let server = IDEFICS.serve(Some(model.path()));
-    let stream = streaming(&server, 300).await;
+    let mut client = gateway(&server).await;
+    let stream = streaming(&mut client, 300).await;
     server.terminate();
+    refused(&client).await;
     assert_eq!(finish(stream).await, Some(FinishReason::Length));
     assert_eq!(server.wait().code(), Some(0));
 }
@@ -270,10 +279,12 @@ async fn sigterm_finishes_streams_and_ends_cleanly() {
 async fn sigterm_to_each_process_finishes_streams_and_ends_cleanly() {
     let model = checkpoint::random();
     let three = Deployment::start(Some(model.path()));
-    let stream = streaming(&three.gateway, 300).await;
+    let mut client = gateway(&three.gateway).await;
+    let stream = streaming(&mut client, 300).await;
     for server in [&three.decoder, &three.vision, &three.gateway] {
         server.terminate();
     }
+    refused(&client).await;
     assert_eq!(finish(stream).await, Some(FinishReason::Length));
     for server in [three.decoder, three.vision, three.gateway] {
         assert_eq!(server.wait().code(), Some(0));

@@ -2,6 +2,7 @@
 
 use super::CheckpointError;
 use std::{
+    collections::HashMap,
     fs::File,
     io::{ErrorKind, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
@@ -103,6 +104,22 @@ pub(super) fn fingerprint(source: &Source) -> Result<String, CheckpointError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
+pub(super) fn has_weights(source: &Source) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    match source {
+        Source::Embedded { files, .. } => files.iter().any(|file| file.name.ends_with(".safetensors")),
+        Source::Folder(folder) => {
+            let index = || serde_json::from_slice::<Index>(&std::fs::read(folder.join("model.safetensors.index.json")).ok()?).ok();
+            let all_there =
+                |index: Index| !index.weight_map.is_empty() && index.weight_map.values().all(|file| folder.join(file).is_file());
+            folder.join("model.safetensors").is_file() || index().is_some_and(all_there)
+        }
+    }
+}
+
 fn weight_files(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let single = folder.join("model.safetensors");
     if single.is_file() {
@@ -134,4 +151,22 @@ fn sample(hasher: &mut blake3::Hasher, mut file: impl Read + Seek) -> std::io::R
         hasher.update(&buffer);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_there_when_all_shards_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Source::Folder(folder.path().to_owned());
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        assert!(!has_weights(&source));
+        write("model.safetensors.index.json", r#"{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}"#);
+        write("model-1-of-2.safetensors", "");
+        assert!(!has_weights(&source), "a download that is not finished");
+        write("model-2-of-2.safetensors", "");
+        assert!(has_weights(&source));
+    }
 }

@@ -9,7 +9,10 @@ pub use model_config::{ModelConfig, PerceiverConfig, TextConfig, VisionConfig};
 pub use processor::{GenerationConfig, ImageDefaults, PreprocessorConfig};
 
 use serde::de::DeserializeOwned;
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 /// Ends every turn of a conversation.
 pub const END_OF_UTTERANCE: &str = "<end_of_utterance>";
@@ -63,6 +66,8 @@ pub struct Checkpoint {
     pub added_tokens: BTreeMap<String, u32>,
     /// `bos_token` of `tokenizer_config.json`, `<s>` unless given.
     pub bos_token: String,
+    /// Hash, in 64 hexadecimal digits, of each file that must be there, by its name.
+    pub file_hashes: BTreeMap<&'static str, String>,
 }
 
 impl Checkpoint {
@@ -71,11 +76,16 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError`] naming the file, what was expected and what was found.
     pub fn open(source: Source) -> Result<Self, CheckpointError> {
+        let mut file_hashes = BTreeMap::new();
+        for file in ["config.json", "preprocessor_config.json", "tokenizer.json"] {
+            let bytes = source.read(file)?.ok_or_else(|| source.missing(file))?;
+            file_hashes.insert(file, blake3::hash(&bytes).to_hex().to_string());
+        }
         let config: ModelConfig = json(&source, "config.json")?.ok_or_else(|| source.missing("config.json"))?;
         config.validate().map_err(|what| source.content("config.json", what))?;
         let preprocessor: PreprocessorConfig =
             json(&source, "preprocessor_config.json")?.ok_or_else(|| source.missing("preprocessor_config.json"))?;
-        preprocessor.validate().map_err(|what| source.content("preprocessor_config.json", what))?;
+        preprocessor.validate(&config.vision_config).map_err(|what| source.content("preprocessor_config.json", what))?;
         let image_seq_len = json::<processor::ProcessorConfig>(&source, "processor_config.json")?.and_then(|c| c.image_seq_len);
         if let Some(found) = image_seq_len.filter(|n| *n != config.perceiver_config.resampler_n_latents) {
             let expected = config.perceiver_config.resampler_n_latents;
@@ -96,6 +106,7 @@ impl Checkpoint {
             config,
             preprocessor,
             bos_token,
+            file_hashes,
         })
     }
 
@@ -125,6 +136,17 @@ impl Checkpoint {
     pub fn banned_token_ids(&self) -> Vec<u32> {
         let fake = self.added_tokens.get(FAKE_TOKEN_AROUND_IMAGE).copied();
         [Some(self.config.image_token_id), fake].into_iter().flatten().collect()
+    }
+
+    /// The hashes of some of the files, as a role reports them.
+    pub fn hashes_of(&self, files: &[&str]) -> HashMap<String, String> {
+        let hashes = self.file_hashes.iter().filter(|(file, _)| files.contains(*file));
+        hashes.map(|(file, hash)| ((*file).to_owned(), hash.clone())).collect()
+    }
+
+    /// Whether the weights are there, all of them, so that [`fingerprint`](Self::fingerprint) is that of the model.
+    pub fn has_weights(&self) -> bool {
+        files::has_weights(&self.source)
     }
 
     /// Hash, in 64 hexadecimal digits, of `config.json`, `preprocessor_config.json` and the weights: each weight file's length and header, and 4 KiB at

@@ -1,5 +1,6 @@
 //! The small files beside `config.json`: preprocessing, generation, tokenizer.
 
+use super::VisionConfig;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -44,16 +45,31 @@ impl Default for PreprocessorConfig {
 }
 
 impl PreprocessorConfig {
-    pub(super) fn validate(&self) -> Result<(), String> {
+    /// Says what in the file cannot be served with this vision tower, the first problem only.
+    pub(super) fn validate(&self, tower: &VisionConfig) -> Result<(), String> {
         let ImageDefaults { longest_edge, shortest_edge } = self.size;
         if self.resample != 2 {
             return Err(format!("resample is {}, served is 2 (bilinear)", self.resample));
         }
-        if shortest_edge == 0 || shortest_edge > longest_edge {
-            return Err(format!("size.shortest_edge is {shortest_edge}, expected 1 to size.longest_edge, {longest_edge}"));
+        let (patch_size, image_size) = (tower.patch_size, tower.image_size);
+        if longest_edge as usize > image_size {
+            return Err(format!(
+                "size.longest_edge is {longest_edge}, expected at most {image_size}, for which the vision tower has positions; lower it or take the file that belongs to config.json, whose vision_config.image_size that is"
+            ));
+        }
+        if (shortest_edge as usize) < patch_size {
+            return Err(format!(
+                "size.shortest_edge is {shortest_edge}, expected at least {patch_size}, one patch; raise it or take the file that belongs to config.json, whose vision_config.patch_size that is"
+            ));
+        }
+        if shortest_edge > longest_edge {
+            return Err(format!("size.shortest_edge is {shortest_edge}, expected at most size.longest_edge, {longest_edge}; lower it"));
         }
         if self.image_std.iter().any(|std| *std <= 0.0 || !std.is_finite()) {
-            return Err(format!("image_std is {:?}, expected values above 0", self.image_std));
+            return Err(format!("image_std is {:?}, expected finite values above 0", self.image_std));
+        }
+        if self.image_mean.iter().chain([&self.rescale_factor]).any(|value| !value.is_finite()) {
+            return Err(format!("image_mean is {:?} and rescale_factor {}, expected finite values", self.image_mean, self.rescale_factor));
         }
         Ok(())
     }
@@ -160,6 +176,42 @@ impl ChatTemplate {
         match self {
             Self::One(template) => Some(template),
             Self::Named(templates) => templates.into_iter().find(|t| t.name == "default").map(|t| t.template),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is wrong with the sizes, for a tower of patches of 14 and pictures up to 980.
+    fn problem(longest_edge: u32, shortest_edge: u32) -> String {
+        let tower = VisionConfig { patch_size: 14, image_size: 980, ..VisionConfig::default() };
+        let config = PreprocessorConfig { size: ImageDefaults { longest_edge, shortest_edge }, ..PreprocessorConfig::default() };
+        config.validate(&tower).err().unwrap_or_default()
+    }
+
+    #[test]
+    fn sizes_are_those_that_the_tower_takes() {
+        for (longest, shortest) in [(980, 378), (980, 980), (14, 14), (980, 14)] {
+            assert_eq!(problem(longest, shortest), "", "{longest} {shortest}");
+        }
+        for (longest, shortest, expected) in [
+            (981, 378, "size.longest_edge is 981, expected at most 980"),
+            (980, 13, "size.shortest_edge is 13, expected at least 14"),
+            (980, 0, "size.shortest_edge is 0, expected at least 14"),
+            (100, 101, "size.shortest_edge is 101, expected at most size.longest_edge, 100"),
+        ] {
+            assert!(problem(longest, shortest).starts_with(expected), "{}", problem(longest, shortest));
+        }
+    }
+
+    #[test]
+    fn normalisation_is_finite() {
+        for json in [r#"{"image_std": [0.5, 0, 0.5]}"#, r#"{"image_std": [0.5, -1, 0.5]}"#] {
+            let config: PreprocessorConfig = serde_json::from_str(json).unwrap();
+            let tower = VisionConfig { patch_size: 14, image_size: 980, ..VisionConfig::default() };
+            assert!(config.validate(&tower).unwrap_err().contains("image_std"), "{json}");
         }
     }
 }

@@ -9,14 +9,13 @@ use crate::{
     scheduler::{Scheduled, Scheduler},
     sequence::{Event, Logprobs, Request, Sequence},
 };
-use idefics_common::checkpoint::ModelConfig;
+use idefics_common::{checkpoint::ModelConfig, engine_thread};
 use idefics_kernels::{Backend, Error, Result, weights::Weights};
 use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, watch};
@@ -79,22 +78,11 @@ impl Engine {
     pub fn start<B: Backend>(backend: B, options: EngineOptions) -> Result<Self> {
         let cache = CacheSize::new(&options.config, &options.model, backend.activation_dtype().size())?;
         let (commands, receiver) = mpsc::unbounded_channel();
-        let (alive_sender, alive) = watch::channel(true);
-        let (loaded_sender, loaded) = std::sync::mpsc::channel();
         let device_name = backend.device_name();
         let stats = Arc::new(EngineStats::default());
         let worker_stats = Arc::clone(&stats);
-        let spawned = thread::Builder::new().name("decoder-engine".into()).spawn(move || {
-            let _alive = AliveGuard(alive_sender);
-            let worker = match Worker::load(backend, options, cache, worker_stats) {
-                Ok(worker) => worker,
-                Err(error) => return drop(loaded_sender.send(Err(error))),
-            };
-            drop(loaded_sender.send(Ok(())));
-            worker.run(receiver);
-        });
-        spawned.map_err(|e| Error::Device(format!("the engine's thread cannot be started: {e}")))?;
-        loaded.recv().unwrap_or_else(|_| Err(Error::Device("the engine's thread ended while it loaded".into())))?;
+        let load = move || Worker::load(backend, options, cache, worker_stats);
+        let alive = engine_thread::start("decoder-engine", load, |worker| worker.run(receiver), Error::Device)?;
         Ok(Self { commands, alive, stats, max_model_tokens: cache.max_model_tokens, device_name })
     }
 
@@ -135,12 +123,12 @@ impl Engine {
     }
 }
 
-/// Says that the thread has ended, however it ends.
-struct AliveGuard(watch::Sender<bool>);
-
-impl Drop for AliveGuard {
-    fn drop(&mut self) {
-        self.0.send_replace(false);
+#[cfg(test)]
+impl Engine {
+    /// An engine whose thread has ended.
+    pub(crate) fn ended() -> Self {
+        let ((commands, _), (_, alive)) = (mpsc::unbounded_channel(), watch::channel(false));
+        Self { commands, alive, stats: Arc::default(), max_model_tokens: 512, device_name: "none".into() }
     }
 }
 

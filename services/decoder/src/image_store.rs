@@ -1,5 +1,6 @@
 //! Image tokens that requests wait for or may use again, and the reservations that pin them.
 
+use crate::metrics::ImageStoreMetrics;
 use bytes::Bytes;
 use half::{bf16, f16};
 use idefics_kernels::DType;
@@ -137,12 +138,14 @@ pub struct ImageStore {
     clock: u64,
     budget_bytes: usize,
     lease: Duration,
+    metrics: ImageStoreMetrics,
 }
 
 impl ImageStore {
     /// An empty store.
     pub fn new(budget_bytes: usize, lease: Duration) -> Self {
-        Self { entries: HashMap::new(), reservations: HashMap::new(), bytes: 0, clock: 0, budget_bytes, lease }
+        let metrics = ImageStoreMetrics::new();
+        Self { entries: HashMap::new(), reservations: HashMap::new(), bytes: 0, clock: 0, budget_bytes, lease, metrics }
     }
 
     /// How long a reservation lasts.
@@ -184,7 +187,9 @@ impl ImageStore {
                 None => missing.push(*key),
             }
         }
+        self.metrics.looked_up(image_keys.len() - missing.len(), missing.len());
         self.reservations.insert(request_id.into(), Reservation { image_keys, num_sequences, expires_at: Instant::now() + self.lease });
+        self.metrics.set_reservations(self.reservations.len());
         Ok(missing)
     }
 
@@ -211,6 +216,7 @@ impl ImageStore {
     /// Ends a reservation; an unknown one is ignored.
     pub fn release(&mut self, request_id: &str) {
         self.reservations.remove(request_id);
+        self.metrics.set_reservations(self.reservations.len());
     }
 
     /// Stores an image, evicting what was least recently used and is not pinned. The first tensor under a key stays.
@@ -238,11 +244,14 @@ impl ImageStore {
                 let key = *oldest.ok_or(StoreError::Full { budget_bytes })?.0;
                 if let Some(evicted) = self.entries.remove(&key) {
                     self.bytes -= evicted.tokens.bytes();
+                    self.metrics.evicted();
+                    self.metrics.set_levels(self.bytes, self.entries.len());
                 }
             }
         }
         self.bytes += bytes;
         self.entries.insert(key, Entry { tokens: Arc::new(tokens), last_used: self.clock });
+        self.metrics.set_levels(self.bytes, self.entries.len());
         Ok(())
     }
 
@@ -268,12 +277,14 @@ impl ImageStore {
             return Err(StoreError::Missing(missing));
         }
         self.reservations.remove(request_id);
+        self.metrics.set_reservations(self.reservations.len());
         Ok(found)
     }
 
     fn expire(&mut self) {
         let now = Instant::now();
         self.reservations.retain(|_, reservation| reservation.expires_at > now);
+        self.metrics.set_reservations(self.reservations.len());
     }
 }
 

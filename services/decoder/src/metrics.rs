@@ -1,4 +1,4 @@
-//! What the decoder's engine records.
+//! What the decoder's engine and its image store record.
 
 use crate::{scheduler::Scheduled, sequence::Sequence};
 use metrics::{Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -21,6 +21,58 @@ pub(crate) struct EngineMetrics {
     mixed_step_seconds: Histogram,
     step_sequences: Histogram,
     step_tokens: Histogram,
+}
+
+/// Handles on the image store's metrics, taken once.
+pub(crate) struct ImageStoreMetrics {
+    bytes: Gauge,
+    images: Gauge,
+    reservations: Gauge,
+    hits: Counter,
+    misses: Counter,
+    evictions: Counter,
+}
+
+impl ImageStoreMetrics {
+    pub(crate) fn new() -> Self {
+        describe_gauge!("idefics_decoder_image_store_bytes", "Image tokens kept for requests");
+        describe_gauge!("idefics_decoder_image_store_images", "Images whose tokens are kept");
+        describe_gauge!("idefics_decoder_reservations", "Requests admitted whose generation has not begun");
+        describe_counter!(
+            "idefics_decoder_image_store_lookups_total",
+            "Images that admitted requests named, by result: hit if their tokens were there, miss if not"
+        );
+        describe_counter!("idefics_decoder_image_store_evictions_total", "Images that gave way to others");
+        let lookups = |result: &'static str| counter!("idefics_decoder_image_store_lookups_total", "result" => result);
+        Self {
+            bytes: gauge!("idefics_decoder_image_store_bytes"),
+            images: gauge!("idefics_decoder_image_store_images"),
+            reservations: gauge!("idefics_decoder_reservations"),
+            hits: lookups("hit"),
+            misses: lookups("miss"),
+            evictions: counter!("idefics_decoder_image_store_evictions_total"),
+        }
+    }
+
+    /// Shows how full the store is.
+    pub(crate) fn set_levels(&self, bytes: usize, images: usize) {
+        self.bytes.set(bytes as f64);
+        self.images.set(images as f64);
+    }
+
+    pub(crate) fn set_reservations(&self, reservations: usize) {
+        self.reservations.set(reservations as f64);
+    }
+
+    /// Records what an admitted request found.
+    pub(crate) fn looked_up(&self, hits: usize, misses: usize) {
+        self.hits.increment(hits as u64);
+        self.misses.increment(misses as u64);
+    }
+
+    pub(crate) fn evicted(&self) {
+        self.evictions.increment(1);
+    }
 }
 
 /// Counts that the engine keeps itself, as of now.

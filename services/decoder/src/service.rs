@@ -23,6 +23,7 @@ use idefics_proto::{
     tensor::v1 as tensor,
 };
 use std::{
+    collections::HashMap,
     fmt::Display,
     ops::RangeInclusive,
     pin::Pin,
@@ -61,6 +62,7 @@ pub struct Decoder {
     vocab_size: usize,
     hidden_size: usize,
     tokens_per_image: usize,
+    file_hashes: HashMap<String, String>,
     shutdown: Shutdown,
 }
 
@@ -76,6 +78,7 @@ impl Decoder {
             vocab_size: checkpoint.config.text_config.vocab_size,
             hidden_size: checkpoint.config.text_config.hidden_size,
             tokens_per_image: checkpoint.tokens_per_image(),
+            file_hashes: checkpoint.hashes_of(&["config.json", "tokenizer.json"]),
             shutdown,
         }
     }
@@ -304,6 +307,7 @@ impl DecoderService for Decoder {
             hidden_size: self.hidden_size as u32,
             device: self.engine.device_name().to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            file_hashes: self.file_hashes.clone(),
         }))
     }
 }
@@ -368,7 +372,7 @@ fn top(top: Vec<TokenLogprob>) -> Vec<pb::TokenLogprob> {
 }
 
 fn ended() -> Status {
-    Status::internal("the decoder's engine has ended; the replica must be restarted")
+    status::unavailable("the decoder's engine has ended; ask another replica and restart this one", RETRY_AFTER)
 }
 
 fn image_key(bytes: &[u8], field: &str) -> Result<ImageKey, Violation> {
@@ -451,4 +455,31 @@ fn sampling_params(wire: pb::SamplingParams, vocab_size: usize, max_new_tokens: 
         ignore_eos: wire.ignore_eos,
         logprobs: wire.logprobs,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use idefics_common::checkpoint::Source;
+    use tonic::Code;
+
+    #[tokio::test]
+    async fn ended_engine_makes_the_role_unavailable() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../idefics/demo/checkpoint");
+        let checkpoint = Checkpoint::open(Source::Folder(folder.into())).unwrap();
+        let decoder = Decoder::new(Config::default(), &checkpoint, "this model".into(), Engine::ended(), Shutdown::default());
+        let codes = [
+            decoder.get_info(Request::new(pb::GetInfoRequest {})).await.err().unwrap(),
+            decoder.reserve(Request::new(pb::ReserveRequest::default())).await.err().unwrap(),
+            decoder.put_image_tokens(Request::new(pb::PutImageTokensRequest::default())).await.err().unwrap(),
+            decoder.generate(Request::new(pb::GenerateRequest::default())).await.err().unwrap(),
+        ]
+        .map(|status| status.code());
+        assert_eq!(codes, [Code::Unavailable; 4]);
+        // What was submitted just before learns it from its stream.
+        let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
+        drop(events);
+        let mut responses = Box::pin(responses(receiver, 1, Shutdown::default()));
+        assert_eq!(tokio_stream::StreamExt::next(&mut responses).await.unwrap().unwrap_err().code(), Code::Unavailable);
+    }
 }

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 use tokio::time::Instant;
-use tonic::{Status, metadata::MetadataMap};
+use tonic::{Response, Status, codegen::http::HeaderMap, metadata::MetadataValue};
+use tonic_types::StatusExt;
 
 const REQUEST_ID: &str = "x-request-id";
 const GRPC_TIMEOUT: &str = "grpc-timeout";
 const MAX_REQUEST_ID_BYTES: usize = 128;
 
-/// What a request's metadata says about it.
+/// What a request's headers say about it.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
     /// The caller's `x-request-id`, or one of our own.
@@ -20,9 +21,9 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    pub(crate) fn new(metadata: &MetadataMap) -> Self {
+    pub(crate) fn new(headers: &HeaderMap) -> Self {
         let received_at = Instant::now();
-        let given = metadata.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
+        let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
         let (request_id, peer_request_id) = match given {
             Some(id) => (id.to_owned(), format!("{id}.{:08x}", rand::random::<u32>())),
             None => {
@@ -30,7 +31,7 @@ impl Call {
                 (id.clone(), id)
             }
         };
-        let timeout = metadata.get(GRPC_TIMEOUT).and_then(|value| value.to_str().ok()).and_then(parse_timeout);
+        let timeout = headers.get(GRPC_TIMEOUT).and_then(|value| value.to_str().ok()).and_then(parse_timeout);
         // A timeout past what the clock can count is none.
         Self { request_id, peer_request_id, received_at, deadline: timeout.and_then(|timeout| received_at.checked_add(timeout)) }
     }
@@ -52,6 +53,31 @@ impl Call {
         Status::deadline_exceeded(format!("not finished {} ms after receipt, when the caller's deadline passed", self.elapsed_ms() as u64))
     }
 
+    /// The response for the caller, which names the request.
+    pub(crate) fn answer<T>(&self, result: Result<T, Status>) -> Result<Response<T>, Status> {
+        let mut response = Response::new(result.map_err(|status| self.sign(status))?);
+        if let Some(id) = self.metadata_value() {
+            response.metadata_mut().insert(REQUEST_ID, id);
+        }
+        Ok(response)
+    }
+
+    /// The status with the request's name, as `google.rpc.RequestInfo` and as metadata.
+    pub(crate) fn sign(&self, status: Status) -> Status {
+        let mut details = status.get_error_details();
+        details.set_request_info(self.request_id.as_str(), "");
+        let mut metadata = status.metadata().clone();
+        if let Some(id) = self.metadata_value() {
+            metadata.insert(REQUEST_ID, id);
+        }
+        Status::with_error_details_and_metadata(status.code(), status.message(), details, metadata)
+    }
+
+    /// Always there: request ids are visible ASCII.
+    fn metadata_value(&self) -> Option<MetadataValue<tonic::metadata::Ascii>> {
+        self.request_id.parse().ok()
+    }
+
     pub(crate) fn elapsed(&self) -> Duration {
         self.received_at.elapsed()
     }
@@ -62,7 +88,7 @@ impl Call {
 }
 
 fn is_request_id(id: &str) -> bool {
-    (1..=MAX_REQUEST_ID_BYTES).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/".contains(&b))
+    (1..=MAX_REQUEST_ID_BYTES).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
 /// `grpc-timeout`: up to eight digits and a unit.
@@ -87,23 +113,23 @@ fn parse_timeout(value: &str) -> Option<Duration> {
 mod tests {
     use super::*;
 
-    fn metadata(key: &'static str, value: &str) -> MetadataMap {
-        let mut metadata = MetadataMap::new();
-        metadata.insert(key, value.parse().unwrap());
-        metadata
+    fn headers(key: &'static str, value: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(key, value.parse().unwrap());
+        headers
     }
 
     #[test]
     fn callers_request_id_is_kept_and_made_unique_for_peers() {
-        let (first, second) = (Call::new(&metadata(REQUEST_ID, "job-7")), Call::new(&metadata(REQUEST_ID, "job-7")));
+        let (first, second) = (Call::new(&headers(REQUEST_ID, "job-7")), Call::new(&headers(REQUEST_ID, "job-7")));
         assert_eq!((first.request_id.as_str(), second.request_id.as_str()), ("job-7", "job-7"));
         assert!(first.peer_request_id.starts_with("job-7.") && first.peer_request_id != second.peer_request_id);
     }
 
     #[test]
     fn odd_request_ids_are_replaced() {
-        for id in ["", "two words", "a\"b", &"x".repeat(129)] {
-            let call = Call::new(&metadata(REQUEST_ID, id));
+        for id in ["", "two words", "tab\tin", &"x".repeat(129)] {
+            let call = Call::new(&headers(REQUEST_ID, id));
             assert!(call.request_id.len() == 32 && call.request_id.bytes().all(|b| b.is_ascii_hexdigit()), "{id:?}");
         }
     }
@@ -113,7 +139,7 @@ mod tests {
         for (value, expected) in
             [("5S", Some(5_000)), ("250m", Some(250)), ("2M", Some(120_000)), ("x", None), ("", None), ("999999999S", None), ("-1S", None)]
         {
-            let call = Call::new(&metadata(GRPC_TIMEOUT, value));
+            let call = Call::new(&headers(GRPC_TIMEOUT, value));
             let left = call.deadline.map(|deadline| (deadline - call.received_at).as_millis());
             assert_eq!(left, expected, "{value:?}");
         }

@@ -16,8 +16,11 @@ pub struct GatewayConfig {
     pub visions: Vec<String>,
     /// How connections to them are made.
     pub channel: ChannelConfig,
-    /// Requests that run at the same time; one more ends with `RESOURCE_EXHAUSTED`.
+    /// Requests that are received or run at the same time; one more ends with `RESOURCE_EXHAUSTED` before its body is read.
+    /// Each holds up to `max_request_bytes`.
     pub max_concurrent_requests: usize,
+    /// A client that pauses for this long in the middle of its request, or does not read its answer for this long, loses it.
+    pub stalled_client_ms: u64,
     /// Tokens to generate for a request that does not say.
     pub default_max_new_tokens: u32,
     /// Pictures in a request.
@@ -53,6 +56,7 @@ impl Default for GatewayConfig {
             visions: Vec::new(),
             channel: ChannelConfig::default(),
             max_concurrent_requests: 64,
+            stalled_client_ms: 60_000,
             default_max_new_tokens: 256,
             max_images: 16,
             max_image_bytes: 20 << 20,
@@ -74,6 +78,7 @@ impl Validate for GatewayConfig {
     fn problems(&self, problems: &mut Vec<String>) {
         let positive = [
             ("max_concurrent_requests", self.max_concurrent_requests as u64),
+            ("stalled_client_ms", self.stalled_client_ms),
             ("default_max_new_tokens", u64::from(self.default_max_new_tokens)),
             ("max_image_bytes", self.max_image_bytes as u64),
             ("max_text_bytes", self.max_text_bytes as u64),

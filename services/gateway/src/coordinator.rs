@@ -7,6 +7,7 @@
 use crate::{
     GatewayConfig,
     call::Call,
+    events::Events,
     failure::{Failure, RETRY_AFTER},
     media::{Image, Media},
     prompt::Prompt,
@@ -24,12 +25,9 @@ use idefics_proto::{
     vision::v1 as vision,
 };
 use std::{sync::Arc, time::Duration};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
-
-/// Where the events of a generation go; bounded, so that a slow client slows only its own stream.
-pub(crate) type Events = mpsc::Sender<Result<pb::GenerationEvent, Status>>;
 
 /// A request that is ready to run.
 #[derive(Clone, Debug)]
@@ -79,7 +77,7 @@ impl Coordinator {
     ///
     /// # Errors
     /// The status for the caller.
-    pub(crate) async fn generate(&self, job: &Job, events: &Events) -> Result<(), Status> {
+    pub(crate) async fn generate(&self, job: &mut Job, events: &Events) -> Result<(), Status> {
         let affinity = match job.media.images.first() {
             Some(image) => Affinity::of_image(image.key),
             None => Affinity::of_prompt(&job.prompt.token_ids),
@@ -116,14 +114,14 @@ impl Coordinator {
         try_join_all(media.images.iter().map(|image| self.encode_image(image, target))).await.map_err(Failure::into_status)
     }
 
-    async fn attempt(&self, job: &Job, decoder: &Arc<Decoder>, events: &Events, progress: &mut Progress) -> Result<(), Failure> {
+    async fn attempt(&self, job: &mut Job, decoder: &Arc<Decoder>, events: &Events, progress: &mut Progress) -> Result<(), Failure> {
         let _running = decoder.start();
         let max_new_tokens = max_new_tokens(job, decoder)?;
         let (reservation, missing) = self.reserve(job, decoder, max_new_tokens).await?;
         self.ship(job, &missing, decoder, &mut progress.timings).await?;
         if !progress.started {
             progress.started = true;
-            send(events, Event::Started(started(job))).await?;
+            events.send(Event::Started(started(job))).await?;
         }
         progress.generate_at = Some(Instant::now());
         let stream = match self.open(job, decoder, max_new_tokens).await {
@@ -137,6 +135,10 @@ impl Coordinator {
         };
         // From here on, dropping the stream is what cancels.
         reservation.keep();
+        if stream.first.is_some() {
+            // No other decoder will take the request now, so nobody will ask for its pictures.
+            job.media.drop_pictures();
+        }
         let span = tracing::info_span!("generate", request_id = job.call.request_id, decoder = decoder.uri);
         let relay = Relay::new(job, decoder, events, progress, &self.tokenizer);
         relay.run(stream, self.timeouts.token).instrument(span).await
@@ -326,11 +328,6 @@ fn images_named<'a>(job: &'a Job, decoder: &Decoder, named: impl Fn(&Image) -> b
     }
     tracing::error!(decoder = decoder.uri, count, "decoder names images that are not in the request");
     Err(Failure::Final(Status::internal(format!("decoder {} named images that are not in the request", decoder.uri))))
-}
-
-pub(crate) async fn send(events: &Events, event: Event) -> Result<(), Failure> {
-    // Nobody reads this status: the receiver is gone.
-    events.send(Ok(pb::GenerationEvent { event: Some(event) })).await.map_err(|_| Failure::Final(Status::cancelled("the caller went away")))
 }
 
 fn started(job: &Job) -> pb::Started {

@@ -1,7 +1,7 @@
 //! What a peer's error means for the caller, and whether another replica may do better.
 
 use crate::replicas::{Replica, Role};
-use idefics_common::status::{self, IMAGE_TOKENS_MISSING, MODEL_FINGERPRINT, Violation};
+use idefics_common::status::{self, IMAGE_TOKENS_MISSING, MODEL_FINGERPRINT, SHIP_TO_NOT_ALLOWED, Violation};
 use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -45,6 +45,8 @@ impl Failure {
         }
         match answer.code() {
             Code::Unavailable | Code::Cancelled => {
+                // It may drain, or its engine may have ended; the next request should not have to find out.
+                replica.probe_soon();
                 Self::Elsewhere(status::unavailable(format!("{role} {uri} is unavailable: {}", answer.message()), retry_after(&answer)))
             }
             Code::ResourceExhausted => {
@@ -59,6 +61,10 @@ impl Failure {
                 } else if !status::precondition_subjects(&answer, MODEL_FINGERPRINT).is_empty() {
                     let message = format!("{role} {uri} has changed to another checkpoint; retry later");
                     Self::Elsewhere(status::unavailable(message, RETRY_AFTER))
+                } else if let [decoder] = &status::precondition_subjects(&answer, SHIP_TO_NOT_ALLOWED)[..] {
+                    tracing::error!(%role, uri, decoder, "peer is not configured to ship to the decoder");
+                    let message = format!("{role} {uri} may not ship to {decoder}; add {decoder:?} to its vision.allowed_decoders");
+                    Self::Elsewhere(Status::failed_precondition(message))
                 } else {
                     unexpected(role, uri, &answer)
                 }

@@ -74,6 +74,11 @@ impl Media {
         }
         media
     }
+
+    /// Frees the pictures' bytes, which are most of a request. Their keys stay.
+    pub(crate) fn drop_pictures(&mut self) {
+        self.images.iter_mut().for_each(|image| image.data = Bytes::new());
+    }
 }
 
 #[cfg(test)]

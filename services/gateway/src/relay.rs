@@ -2,8 +2,9 @@
 
 use crate::{
     call::Call,
-    coordinator::{Events, Job, send},
+    coordinator::Job,
     detokenize::{Detokenizer, StopTexts},
+    events::Events,
     failure::{Failure, RETRY_AFTER},
     metrics,
     replicas::Decoder,
@@ -104,7 +105,7 @@ impl<'a> Relay<'a> {
             let event = stream.next(self.decoder, limit).await?;
             self.progress.answered = true;
             match event {
-                DecoderEvent::PromptLogprobs(part) => send(self.events, Event::PromptLogprobs(prompt_logprobs(part))).await?,
+                DecoderEvent::PromptLogprobs(part) => self.events.send(Event::PromptLogprobs(prompt_logprobs(part))).await?,
                 DecoderEvent::Token(token) => self.token(token).await?,
                 DecoderEvent::Finished(finished) => self.end_of_choice(finished).await?,
             }
@@ -136,7 +137,7 @@ impl<'a> Relay<'a> {
         choice.reason = piece.stopped.then_some(pb::FinishReason::Stop);
         let last_token_at = choice.last_token_at.replace(Instant::now());
         self.note_token(&token, last_token_at);
-        send(self.events, Event::Delta(delta(piece.text, token, piece.stopped))).await?;
+        self.events.send(Event::Delta(delta(piece.text, token, piece.stopped))).await?;
         if piece.stopped && !self.all_ended() {
             self.cancel(index);
         }
@@ -186,7 +187,7 @@ impl<'a> Relay<'a> {
         };
         choice.reason = Some(reason);
         let delta = pb::Delta { text, choice: finished.choice, finish_reason: reason.into(), ..Default::default() };
-        send(self.events, Event::Delta(delta)).await
+        self.events.send(Event::Delta(delta)).await
     }
 
     async fn finish(&mut self) -> Result<(), Failure> {
@@ -200,7 +201,7 @@ impl<'a> Relay<'a> {
         let usage = pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens };
         metrics::finished(&usage, self.job.call.elapsed());
         let finish_reasons = self.choices.iter().map(|choice| choice.reason.unwrap_or_default().into()).collect();
-        send(self.events, Event::Finished(pb::Finished { finish_reasons, usage: Some(usage), timings: Some(timings) })).await
+        self.events.send(Event::Finished(pb::Finished { finish_reasons, usage: Some(usage), timings: Some(timings) })).await
     }
 
     /// Where the time went, as the decoder says. A stream that a stop text has cut off says nothing about its phases; seen from

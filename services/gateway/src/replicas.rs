@@ -1,18 +1,20 @@
 //! The peers: who they are, whether they are ready, and which one a request goes to.
 //!
-//! A task per peer asks it who it is, again and again. A peer is ready if it answers, serves the checkpoint that most of the
-//! decoders serve, and has the shapes of our configuration. The gateway is ready with one ready peer of each role.
+//! A task per peer asks it who it is, again and again. A peer is ready if it answers and serves our checkpoint: its shapes and
+//! files are ours, and so is its fingerprint. A gateway without weights has no fingerprint of its own; then it is that of most
+//! of the decoders that are like us in all else. The gateway is ready with one ready peer of each role.
 
 use crate::{GatewayConfig, media::ImageKey};
 use idefics_common::{
     channel::{GrpcChannel, MAX_MESSAGE_BYTES, remote},
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, CheckpointError},
 };
 use idefics_proto::{
     decoder::v1::{self as decoder, decoder_service_client::DecoderServiceClient},
     vision::v1::{self as vision, vision_service_client::VisionServiceClient},
 };
 use std::{
+    collections::{BTreeMap, HashMap},
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -111,6 +113,8 @@ pub(crate) struct PeerInfo {
     pub(crate) hidden_size: u32,
     /// 0 for vision.
     pub(crate) max_model_tokens: u32,
+    /// By name; empty for a peer of a version that does not tell.
+    pub(crate) file_hashes: HashMap<String, String>,
 }
 
 impl<C> Replica<C> {
@@ -128,6 +132,11 @@ impl<C> Replica<C> {
     /// Takes the replica out until it answers again.
     pub(crate) fn mark_down(&self) {
         self.hear(Err("is not reachable".into()));
+        self.probe_soon();
+    }
+
+    /// Has it asked who it is at once, whenever the next probe would be.
+    pub(crate) fn probe_soon(&self) {
         self.probe_now.notify_one();
     }
 
@@ -146,10 +155,10 @@ impl<C> Replica<C> {
         state.silent.clone().or_else(|| state.refused.clone()).unwrap_or_else(|| "is ready".into())
     }
 
-    /// The checkpoint that it serves, if it answers.
-    fn fingerprint(&self) -> Option<String> {
+    /// The checkpoint that it serves, if it answers and is `fit`.
+    fn fingerprint(&self, fit: impl Fn(&PeerInfo) -> bool) -> Option<String> {
         let state = self.state();
-        state.info.as_ref().filter(|_| state.silent.is_none()).map(|info| info.model_fingerprint.clone())
+        state.info.as_ref().filter(|info| state.silent.is_none() && fit(info)).map(|info| info.model_fingerprint.clone())
     }
 
     fn hear(&self, answer: Result<PeerInfo, String>) {
@@ -235,7 +244,10 @@ pub(crate) struct Replicas {
     /// What our configuration says that image tokens look like.
     tokens_per_image: u32,
     hidden_size: u32,
-    /// The checkpoint that most decoders serve.
+    file_hashes: BTreeMap<&'static str, String>,
+    /// Our checkpoint's, where we have its weights.
+    own_fingerprint: Option<String>,
+    /// The checkpoint that is served.
     fingerprint: Mutex<Option<String>>,
     ready: watch::Sender<bool>,
 }
@@ -246,7 +258,11 @@ const SLACK: usize = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 impl Replicas {
-    pub(crate) fn new(peers: Peers, checkpoint: &Checkpoint) -> Self {
+    /// Reads samples of the checkpoint's weights where they are there.
+    ///
+    /// # Errors
+    /// If they are there but cannot be read.
+    pub(crate) fn new(peers: Peers, checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
         let decoder = |peer: Peer| {
             let client = DecoderServiceClient::new(peer.channel);
             let client = client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -257,14 +273,17 @@ impl Replicas {
             let client = client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
             Replica::new(Role::Vision, peer.uri, client)
         };
-        Self {
+        let own_fingerprint = if checkpoint.has_weights() { Some(checkpoint.fingerprint()?) } else { None };
+        Ok(Self {
             decoders: peers.decoders.into_iter().map(decoder).collect(),
             visions: peers.visions.into_iter().map(vision).collect(),
             tokens_per_image: checkpoint.tokens_per_image() as u32,
             hidden_size: checkpoint.config.text_config.hidden_size as u32,
+            file_hashes: checkpoint.file_hashes.clone(),
+            own_fingerprint,
             fingerprint: Mutex::new(None),
             ready: watch::Sender::new(false),
-        }
+        })
     }
 
     /// Starts to ask the peers who they are; ends when the guard is dropped.
@@ -334,10 +353,11 @@ impl Replicas {
         self.judge();
     }
 
-    /// Decides anew who is ready. Peers that are not used count too: after the next answer they may be the majority.
+    /// Decides anew who is ready. Peers of another fingerprint count too: after the next answer they may be the majority.
     fn judge(&self) {
         let mut served = self.fingerprint.lock().unwrap_or_else(PoisonError::into_inner);
-        let fingerprints: Vec<String> = self.decoders.iter().filter_map(|d| d.fingerprint()).collect();
+        let fit = |info: &PeerInfo| self.difference(info).is_none();
+        let fingerprints: Vec<String> = self.decoders.iter().filter_map(|d| d.fingerprint(fit)).collect();
         let votes = |candidate: &str| fingerprints.iter().filter(|f| *f == candidate).count();
         // Of equally many the one that is served stays, otherwise the first configured decoder's counts.
         let mut winner = served.clone().filter(|f| votes(f) > 0);
@@ -359,18 +379,41 @@ impl Replicas {
     }
 
     fn refusal(&self, info: &PeerInfo, served: Option<&str>) -> Option<String> {
-        let PeerInfo { model_fingerprint, tokens_per_image, hidden_size, .. } = info;
+        self.difference(info).or_else(|| {
+            let served = served.filter(|served| served != &info.model_fingerprint)?;
+            let found = &info.model_fingerprint;
+            Some(format!("serves the checkpoint {found}, expected {served} of most decoders; start all roles with the same --model"))
+        })
+    }
+
+    /// How a peer's checkpoint differs from ours.
+    fn difference(&self, info: &PeerInfo) -> Option<String> {
+        let PeerInfo { model_fingerprint, tokens_per_image, hidden_size, file_hashes, .. } = info;
         if (*tokens_per_image, *hidden_size) != (self.tokens_per_image, self.hidden_size) {
             let (rows, columns) = (self.tokens_per_image, self.hidden_size);
             return Some(format!(
                 "has image tokens of [{tokens_per_image}, {hidden_size}], expected [{rows}, {columns}] of the gateway's checkpoint"
             ));
         }
-        let served = served.filter(|served| served != model_fingerprint)?;
+        for (file, ours) in &self.file_hashes {
+            if let Some(theirs) = file_hashes.get(*file).filter(|theirs| *theirs != ours) {
+                return Some(format!(
+                    "has another {file} (hash {}) than the gateway (hash {}); start all roles with the same --model",
+                    abbreviated(theirs),
+                    abbreviated(ours)
+                ));
+            }
+        }
+        let ours = self.own_fingerprint.as_ref().filter(|ours| *ours != model_fingerprint)?;
         Some(format!(
-            "serves the checkpoint {model_fingerprint}, expected {served} of most decoders; start all roles with the same --model"
+            "serves the checkpoint {model_fingerprint}, expected {ours}, the gateway's own; start all roles with the same --model"
         ))
     }
+}
+
+/// Enough of a hash to tell files apart.
+fn abbreviated(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
 }
 
 /// Asks one peer who it is, for ever: every `interval` while it answers, at once when a call found it down, and with growing
@@ -415,14 +458,14 @@ fn ranked<C>(role: Role, replicas: &[Arc<Replica<C>>], affinity: Affinity) -> Re
 
 impl From<decoder::GetInfoResponse> for PeerInfo {
     fn from(info: decoder::GetInfoResponse) -> Self {
-        let decoder::GetInfoResponse { model_fingerprint, tokens_per_image, hidden_size, max_model_tokens, .. } = info;
-        Self { model_fingerprint, tokens_per_image, hidden_size, max_model_tokens }
+        let decoder::GetInfoResponse { model_fingerprint, tokens_per_image, hidden_size, max_model_tokens, file_hashes, .. } = info;
+        Self { model_fingerprint, tokens_per_image, hidden_size, max_model_tokens, file_hashes }
     }
 }
 
 impl From<vision::GetInfoResponse> for PeerInfo {
     fn from(info: vision::GetInfoResponse) -> Self {
-        let vision::GetInfoResponse { model_fingerprint, tokens_per_image, hidden_size, .. } = info;
-        Self { model_fingerprint, tokens_per_image, hidden_size, max_model_tokens: 0 }
+        let vision::GetInfoResponse { model_fingerprint, tokens_per_image, hidden_size, file_hashes, .. } = info;
+        Self { model_fingerprint, tokens_per_image, hidden_size, max_model_tokens: 0, file_hashes }
     }
 }

@@ -2,8 +2,10 @@
 
 use crate::{
     GatewayConfig, GatewayError, Peers,
+    admission::{Admission, AdmissionServer, Admitted, Permit},
     call::Call,
-    coordinator::{Coordinator, Events, Job, longest},
+    coordinator::{Coordinator, Job, longest},
+    events::Events,
     failure::RETRY_AFTER,
     media::Media,
     metrics,
@@ -28,8 +30,8 @@ use idefics_proto::{
     tensor::v1 as tensor,
     vision::v1::EncodeResponse,
 };
-use std::sync::Arc;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::DropGuard;
 use tonic::{Code, Request, Response, Status};
@@ -37,9 +39,6 @@ use tracing::Instrument;
 
 /// Full name of the service, for health.
 pub const SERVICE_NAME: &str = "idefics.gateway.v1.GatewayService";
-
-/// Events that wait for a slow client before its stream does.
-const EVENT_BUFFER: usize = 32;
 
 /// The gateway role. Clones share everything.
 #[derive(Clone)]
@@ -54,9 +53,8 @@ struct Inner {
     template: ChatTemplate,
     replicas: Arc<Replicas>,
     coordinator: Coordinator,
-    /// One per request that may still start.
-    permits: Arc<Semaphore>,
-    max_concurrent_requests: usize,
+    admission: Admission,
+    stalled_client: Duration,
     shutdown: Shutdown,
     /// Ends the tasks that ask peers who they are.
     _probes: DropGuard,
@@ -66,20 +64,20 @@ impl Gateway {
     /// A gateway in front of `peers`, which it begins to ask who they are. Call it within a tokio runtime.
     ///
     /// # Errors
-    /// [`GatewayError`] if the checkpoint's tokenizer or template cannot be used.
+    /// [`GatewayError`] if the checkpoint's tokenizer or template cannot be used, or its weights are there but cannot be read.
     pub fn new(config: GatewayConfig, checkpoint: Checkpoint, peers: Peers, shutdown: Shutdown) -> Result<Self, GatewayError> {
         metrics::describe();
         let tokenizer = Arc::new(TextTokenizer::new(&checkpoint)?);
         let template = ChatTemplate::new(&checkpoint)?;
-        let replicas = Arc::new(Replicas::new(peers, &checkpoint));
+        let replicas = Arc::new(Replicas::new(peers, &checkpoint)?);
         let probes = replicas.probe(&config);
         Ok(Self(Arc::new(Inner {
             limits: Limits::new(&config, &checkpoint),
             max_images: config.max_images as u32,
             max_request_bytes: config.max_request_bytes,
             coordinator: Coordinator::new(&config, Arc::clone(&replicas), Arc::clone(&tokenizer)),
-            permits: Arc::new(Semaphore::new(config.max_concurrent_requests)),
-            max_concurrent_requests: config.max_concurrent_requests,
+            admission: Admission::new(config.max_concurrent_requests, shutdown.clone()),
+            stalled_client: Duration::from_millis(config.stalled_client_ms),
             checkpoint,
             tokenizer,
             template,
@@ -89,10 +87,10 @@ impl Gateway {
         })))
     }
 
-    /// The generated server around this gateway.
-    pub fn into_server(self) -> GatewayServiceServer<Self> {
-        let limit = self.0.max_request_bytes;
-        GatewayServiceServer::new(self).max_decoding_message_size(limit)
+    /// The generated server around this gateway, behind admission.
+    pub fn into_server(self) -> AdmissionServer<GatewayServiceServer<Self>> {
+        let (admission, stalled_client, limit) = (self.0.admission.clone(), self.0.stalled_client, self.0.max_request_bytes);
+        AdmissionServer::new(GatewayServiceServer::new(self).max_decoding_message_size(limit), admission, stalled_client)
     }
 
     /// Returns when a decoder and a vision replica of the same checkpoint are there.
@@ -106,18 +104,15 @@ impl Gateway {
         self.0.replicas.watch_ready()
     }
 
-    fn refuse_when_draining(&self) -> Result<(), Status> {
-        if self.0.shutdown.stop_accepting.is_cancelled() {
-            return Err(status::unavailable("the gateway is shutting down; ask another", RETRY_AFTER));
+    /// The name and the permit of a request. One that came past [`AdmissionServer`] gets them here.
+    fn admitted<T>(&self, request: &mut Request<T>) -> Result<Admitted, Status> {
+        match request.extensions_mut().remove() {
+            Some(admitted) => Ok(admitted),
+            None => {
+                let call = Call::new(request.metadata().as_ref());
+                self.0.admission.admit(call.clone()).map_err(|status| call.sign(status))
+            }
         }
-        Ok(())
-    }
-
-    fn permit(&self) -> Result<OwnedSemaphorePermit, Status> {
-        Arc::clone(&self.0.permits).try_acquire_owned().map_err(|_| {
-            let limit = self.0.max_concurrent_requests;
-            status::resource_exhausted(format!("{limit} requests are running, which is the limit; retry later"), RETRY_AFTER)
-        })
     }
 
     fn fingerprint(&self) -> Result<String, Status> {
@@ -128,9 +123,9 @@ impl Gateway {
     /// even if the caller goes away.
     async fn compute<T: Send + 'static>(
         &self,
-        permit: OwnedSemaphorePermit,
+        permit: Permit,
         work: impl FnOnce(&Inner) -> Result<T, Status> + Send + 'static,
-    ) -> Result<(T, OwnedSemaphorePermit), Status> {
+    ) -> Result<(T, Permit), Status> {
         let inner = Arc::clone(&self.0);
         let span = tracing::Span::current();
         let done = tokio::task::spawn_blocking(move || span.in_scope(|| work(&inner)).map(|value| (value, permit)));
@@ -143,11 +138,11 @@ impl Gateway {
     /// Prepares a generation and lets it run.
     async fn start(
         &self,
-        call: Call,
+        admitted: Admitted,
         request: Generation,
         build_prompt: impl FnOnce(&Inner) -> Result<(Prompt, Vec<Picture>), Status> + Send + 'static,
     ) -> Result<ReceiverStream<Result<pb::GenerationEvent, Status>>, Status> {
-        let permit = self.permit()?;
+        let Admitted { call, permit } = admitted;
         let model_fingerprint = self.fingerprint()?;
         let Generation { image_options, sampling, return_prompt_token_ids, cache_salt, priority } = request;
         let deadline = call.clone();
@@ -157,31 +152,31 @@ impl Gateway {
             Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
         });
         let (job, permit) = deadline.within_deadline(prepare).await?;
-        let (events, stream) = mpsc::channel(EVENT_BUFFER);
+        let (events, stream) = Events::channel(self.0.stalled_client);
         let gateway = self.clone();
         tokio::spawn(async move { gateway.run(job, events, permit).await }.in_current_span());
-        Ok(ReceiverStream::new(stream))
+        Ok(stream)
     }
 
     /// Runs a generation until it ends, its caller goes away, or the gateway shuts down.
-    async fn run(&self, job: Job, events: Events, permit: OwnedSemaphorePermit) {
+    async fn run(&self, mut job: Job, events: Events, permit: Permit) {
         let _running = metrics::Running::new();
+        let call = job.call.clone();
         let outcome = tokio::select! {
             biased;
             () = events.closed() => {
-                tracing::debug!(request_id = job.call.request_id, "the caller went away");
+                tracing::debug!(request_id = call.request_id, "the caller went away");
                 metrics::ended(Code::Cancelled);
                 return;
             }
             () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
-            outcome = job.call.within_deadline(self.0.coordinator.generate(&job, &events)) => outcome,
+            outcome = call.within_deadline(self.0.coordinator.generate(&mut job, &events)) => outcome,
         };
         drop(permit);
         metrics::ended(outcome.as_ref().map_or_else(Status::code, |()| Code::Ok));
         if let Err(status) = outcome {
-            tracing::debug!(request_id = job.call.request_id, code = ?status.code(), "failed");
-            // Fails only if the caller has gone meanwhile.
-            drop(events.send(Err(status)).await);
+            tracing::debug!(request_id = call.request_id, code = ?status.code(), "failed");
+            events.fail(status);
         }
     }
 }
@@ -200,83 +195,104 @@ impl GatewayService for Gateway {
     type ChatStream = BoxStream<'static, Result<pb::ChatResponse, Status>>;
     type GenerateStream = BoxStream<'static, Result<pb::GenerateResponse, Status>>;
 
-    async fn chat(&self, request: Request<pb::ChatRequest>) -> Result<Response<Self::ChatStream>, Status> {
-        self.refuse_when_draining()?;
-        let call = Call::new(request.metadata());
+    async fn chat(&self, mut request: Request<pb::ChatRequest>) -> Result<Response<Self::ChatStream>, Status> {
+        let admitted = self.admitted(&mut request)?;
+        let call = admitted.call.clone();
         let span = tracing::info_span!("chat", request_id = call.request_id);
-        let chat = self.0.limits.chat(request.into_inner()).map_err(status::invalid_argument)?;
-        let options = chat.image_options;
-        let generation = Generation {
-            image_options: options,
-            sampling: chat.sampling,
-            return_prompt_token_ids: chat.return_prompt_token_ids,
-            cache_salt: chat.cache_salt,
-            priority: chat.priority,
-        };
-        let start = self.start(call, generation, move |inner| {
-            let prompt = inner.conversation(&chat.turns, options, "messages")?;
-            Ok((prompt, pictures(chat.turns)))
-        });
-        let events = start.instrument(span).await?;
-        Ok(Response::new(events.map(|event| event.map(|event| pb::ChatResponse { event: Some(event) })).boxed()))
-    }
-
-    async fn generate(&self, request: Request<pb::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        self.refuse_when_draining()?;
-        let call = Call::new(request.metadata());
-        let span = tracing::info_span!("complete", request_id = call.request_id);
-        let raw = self.0.limits.generate(request.into_inner()).map_err(status::invalid_argument)?;
-        let options = raw.image_options;
-        let generation = Generation {
-            image_options: options,
-            sampling: raw.sampling,
-            return_prompt_token_ids: raw.return_prompt_token_ids,
-            cache_salt: raw.cache_salt,
-            priority: raw.priority,
-        };
-        let start = self.start(call, generation, move |inner| {
-            let prompt = inner.raw_prompt(raw.prompt, options, Some(raw.pictures.len()))?;
-            Ok((prompt, raw.pictures))
-        });
-        let events = start.instrument(span).await?;
-        Ok(Response::new(events.map(|event| event.map(|event| pb::GenerateResponse { event: Some(event) })).boxed()))
-    }
-
-    async fn tokenize(&self, request: Request<pb::TokenizeRequest>) -> Result<Response<pb::TokenizeResponse>, Status> {
-        self.refuse_when_draining()?;
-        let call = Call::new(request.metadata());
-        let ValidTokenize { input, image_options } = self.0.limits.tokenize(request.into_inner()).map_err(status::invalid_argument)?;
-        let permit = self.permit()?;
-        let tokenize = self.compute(permit, move |inner| {
-            let Prompt { token_ids, image_tokens, .. } = match input {
-                TokenizeInput::Text(text) => inner.plain_text(text)?,
-                TokenizeInput::Prompt(prompt) => inner.raw_prompt(prompt, image_options, None)?,
-                TokenizeInput::Conversation(turns) => inner.conversation(&turns, image_options, "conversation.messages")?,
+        let start = async {
+            let chat = self.0.limits.chat(request.into_inner()).map_err(status::invalid_argument)?;
+            let options = chat.image_options;
+            let generation = Generation {
+                image_options: options,
+                sampling: chat.sampling,
+                return_prompt_token_ids: chat.return_prompt_token_ids,
+                cache_salt: chat.cache_salt,
+                priority: chat.priority,
             };
-            let tokens = token_ids.iter().map(|id| inner.tokenizer.token(*id).unwrap_or_default()).collect();
-            Ok(pb::TokenizeResponse { token_ids, tokens, image_tokens })
-        });
-        let (response, _) = call.within_deadline(tokenize).await?;
-        Ok(Response::new(response))
+            let build_prompt = move |inner: &Inner| {
+                let prompt = inner.conversation(&chat.turns, options, "messages")?;
+                Ok((prompt, pictures(chat.turns)))
+            };
+            self.start(admitted, generation, build_prompt).await
+        };
+        let started = call.answer(start.instrument(span).await)?;
+        Ok(started.map(|events| {
+            let response = move |event: Result<_, Status>| match event {
+                Ok(event) => Ok(pb::ChatResponse { event: Some(event) }),
+                Err(status) => Err(call.sign(status)),
+            };
+            events.map(response).boxed()
+        }))
     }
 
-    async fn encode_images(&self, request: Request<pb::EncodeImagesRequest>) -> Result<Response<pb::EncodeImagesResponse>, Status> {
-        self.refuse_when_draining()?;
-        let call = Call::new(request.metadata());
-        let ValidEncodeImages { pictures, image_options } =
-            self.0.limits.encode_images(request.into_inner()).map_err(status::invalid_argument)?;
-        let permit = self.permit()?;
-        let fingerprint = self.fingerprint()?;
+    async fn generate(&self, mut request: Request<pb::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let admitted = self.admitted(&mut request)?;
+        let call = admitted.call.clone();
+        let span = tracing::info_span!("complete", request_id = call.request_id);
+        let start = async {
+            let raw = self.0.limits.generate(request.into_inner()).map_err(status::invalid_argument)?;
+            let options = raw.image_options;
+            let generation = Generation {
+                image_options: options,
+                sampling: raw.sampling,
+                return_prompt_token_ids: raw.return_prompt_token_ids,
+                cache_salt: raw.cache_salt,
+                priority: raw.priority,
+            };
+            let build_prompt = move |inner: &Inner| {
+                let prompt = inner.raw_prompt(raw.prompt, options, Some(raw.pictures.len()))?;
+                Ok((prompt, raw.pictures))
+            };
+            self.start(admitted, generation, build_prompt).await
+        };
+        let started = call.answer(start.instrument(span).await)?;
+        Ok(started.map(|events| {
+            let response = move |event: Result<_, Status>| match event {
+                Ok(event) => Ok(pb::GenerateResponse { event: Some(event) }),
+                Err(status) => Err(call.sign(status)),
+            };
+            events.map(response).boxed()
+        }))
+    }
+
+    async fn tokenize(&self, mut request: Request<pb::TokenizeRequest>) -> Result<Response<pb::TokenizeResponse>, Status> {
+        let Admitted { call, permit } = self.admitted(&mut request)?;
+        let span = tracing::info_span!("tokenize", request_id = call.request_id);
         let work = async {
+            let ValidTokenize { input, image_options } = self.0.limits.tokenize(request.into_inner()).map_err(status::invalid_argument)?;
+            let tokenize = self.compute(permit, move |inner| {
+                let Prompt { token_ids, image_tokens, .. } = match input {
+                    TokenizeInput::Text(text) => inner.plain_text(text)?,
+                    TokenizeInput::Prompt(prompt) => inner.raw_prompt(prompt, image_options, None)?,
+                    TokenizeInput::Conversation(turns) => inner.conversation(&turns, image_options, "conversation.messages")?,
+                };
+                let tokens = token_ids.iter().map(|id| inner.tokenizer.token(*id).unwrap_or_default()).collect();
+                Ok(pb::TokenizeResponse { token_ids, tokens, image_tokens })
+            });
+            Ok(tokenize.await?.0)
+        };
+        call.answer(call.within_deadline(work).instrument(span).await)
+    }
+
+    async fn encode_images(&self, mut request: Request<pb::EncodeImagesRequest>) -> Result<Response<pb::EncodeImagesResponse>, Status> {
+        let Admitted { call, permit } = self.admitted(&mut request)?;
+        let span = tracing::info_span!("encode_images", request_id = call.request_id);
+        let work = async {
+            let ValidEncodeImages { pictures, image_options } =
+                self.0.limits.encode_images(request.into_inner()).map_err(status::invalid_argument)?;
+            let fingerprint = self.fingerprint()?;
             let named = fingerprint.clone();
             let (media, _permit) = self.compute(permit, move |_| Ok(Media::new(&named, image_options, &pictures))).await?;
             let encoded = self.0.coordinator.encode(&call, &media, image_options, &fingerprint).await?;
             self.0.images(&media, image_options, encoded)
         };
-        tokio::select! {
-            response = call.within_deadline(work) => response.map(Response::new),
-            () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
-        }
+        let work = async {
+            tokio::select! {
+                response = call.within_deadline(work) => response,
+                () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
+            }
+        };
+        call.answer(work.instrument(span).await)
     }
 
     async fn get_model(&self, _: Request<pb::GetModelRequest>) -> Result<Response<pb::GetModelResponse>, Status> {

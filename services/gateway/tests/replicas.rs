@@ -2,6 +2,7 @@
 
 mod support;
 
+use idefics_common::checkpoint::{Checkpoint, Source};
 use idefics_proto::{decoder::v1::FinishReason, gateway::v1 as pb};
 use std::{collections::HashSet, sync::atomic::Ordering};
 use support::{Encoding, Script, Setup, ask, chat, picture, text};
@@ -68,6 +69,54 @@ async fn peers_of_another_shape_are_not_used() {
     assert!(!*world.gateway.watch_ready().borrow());
     let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
     assert!(error.message().contains("4096") && error.message().contains("256"), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_with_other_files_than_the_gateways_are_not_used() {
+    for (role, file) in [("decoder-0", "config.json"), ("decoder-0", "tokenizer.json"), ("vision-0", "preprocessor_config.json")] {
+        let world = Setup::default().build();
+        let peer = if role == "decoder-0" { &world.decoders[0] } else { &world.visions[0] };
+        let before = peer.file_hashes.lock().unwrap().insert(file.into(), "0123456789abcdef".into()).unwrap();
+        world.settle().await;
+        assert!(!*world.gateway.watch_ready().borrow());
+        let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
+        assert_eq!(error.code(), Code::Unavailable);
+        for expected in [role, file, "0123456789ab", &before[..12], "--model"] {
+            assert!(error.message().contains(expected), "no {expected} in {error:?}");
+        }
+        // Started anew with the right files, it is used from the next probe on.
+        peer.file_hashes.lock().unwrap().insert(file.into(), before);
+        world.gateway.wait_ready().await;
+        assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_unlike_the_gateway_do_not_decide_what_is_served() {
+    let world = Setup { decoders: 3, ..Default::default() }.build();
+    for decoder in &world.decoders[..2] {
+        *decoder.fingerprint.lock().unwrap() = "f2".into();
+        decoder.file_hashes.lock().unwrap().insert("config.json".into(), "another".into());
+    }
+    world.settle().await;
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    assert_eq!(world.client().get_model(pb::GetModelRequest {}).await.unwrap().into_inner().fingerprint, support::FINGERPRINT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn gateway_with_weights_serves_its_own_checkpoint_only() {
+    let checkpoint = Checkpoint::open(Source::Folder(support::demo())).unwrap();
+    let ours = checkpoint.fingerprint().unwrap();
+    let world = Setup { checkpoint, ..Default::default() }.build();
+    world.settle().await;
+    let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
+    let expected = format!("decoder-0 serves the checkpoint {}, expected {ours}, the gateway's own", support::FINGERPRINT);
+    assert!(error.code() == Code::Unavailable && error.message().contains(&expected), "{error:?}");
+    for peer in world.decoders.iter().chain(&world.visions) {
+        peer.fingerprint.lock().unwrap().clone_from(&ours);
+    }
+    world.gateway.wait_ready().await;
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -167,6 +216,38 @@ async fn vision_that_is_down_gives_way_to_another() {
     assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
     let names = world.asked_names(4).await;
     assert_eq!(names[1..3], [preferred, format!("vision-{} encode", 1 - failing)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn engines_that_have_ended_are_passed_over_and_asked_about_at_once() {
+    let mut world = two().ready().await;
+    ask(&world, chat(vec![picture(b"one")])).await;
+    let names = world.asked_names(4).await;
+    let (decoder, vision) = (usize::from(names[0] == "decoder-1 reserve"), usize::from(names[1] == "vision-1 encode"));
+    // As both roles answer when their engine's thread has ended.
+    *world.decoders[decoder].reserve.lock().unwrap() = Err(Code::Unavailable);
+    *world.visions[vision].encoding.lock().unwrap() = Encoding::Fails(Code::Unavailable, "the vision engine has ended");
+    *world.decoders[decoder].silent.lock().unwrap() = true;
+    *world.visions[vision].silent.lock().unwrap() = true;
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    let names = world.asked_names(5).await;
+    let [first, second] = [decoder, 1 - decoder].map(|i| format!("decoder-{i} reserve"));
+    let [third, fourth] = [vision, 1 - vision].map(|i| format!("vision-{i} encode"));
+    assert_eq!(names[..4], [first, second.clone(), third, fourth.clone()]);
+    // The clock has not moved, so no probe was due by itself.
+    world.decoders.iter().for_each(|decoder| decoder.stored.lock().unwrap().clear());
+    assert!(ask(&world, chat(vec![picture(b"one")])).await.error.is_none());
+    assert_eq!(world.asked_names(3).await[1..], [second, fourth], "behind the end of the first stream");
+}
+
+#[tokio::test(start_paused = true)]
+async fn vision_that_may_not_ship_names_the_setting() {
+    let world = Setup::default().ready().await;
+    *world.visions[0].encoding.lock().unwrap() = Encoding::MayNotShip;
+    let error = ask(&world, chat(vec![picture(b"one")])).await.error.unwrap();
+    assert_eq!(error.code(), Code::FailedPrecondition);
+    let expected = "vision vision-0 may not ship to decoder-0; add \"decoder-0\" to its vision.allowed_decoders";
+    assert_eq!(error.message(), expected);
 }
 
 #[tokio::test(start_paused = true)]

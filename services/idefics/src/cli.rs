@@ -2,7 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use idefics_common::telemetry::LogFormat;
-use std::{net::SocketAddr, path::PathBuf};
+use std::path::PathBuf;
 
 /// Serves the vision-language model Idefics2.
 #[derive(Debug, Parser)]
@@ -167,12 +167,12 @@ pub(crate) struct ServeArgs {
     /// Checkpoint folder in the Hugging Face layout of HuggingFaceM4/idefics2-8b [default: the embedded demo checkpoint]
     #[arg(long, value_name = "DIR", env = "IDEFICS_MODEL")]
     pub(crate) model: Option<PathBuf>,
-    /// Address to listen on; port 0 takes a free one [default: 127.0.0.1:50051]
+    /// Host name or IP address, and port, to listen on; port 0 takes a free one [default: 127.0.0.1:50051]
     #[arg(long, value_name = "HOST:PORT")]
-    pub(crate) grpc_addr: Option<SocketAddr>,
-    /// Address of Prometheus metrics at /metrics; port 0 takes a free one [default: none]
+    pub(crate) grpc_addr: Option<String>,
+    /// Host name or IP address, and port, of Prometheus metrics at /metrics; port 0 takes a free one [default: none]
     #[arg(long, value_name = "HOST:PORT")]
-    pub(crate) metrics_addr: Option<SocketAddr>,
+    pub(crate) metrics_addr: Option<String>,
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,

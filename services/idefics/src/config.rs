@@ -48,6 +48,7 @@ pub(crate) struct CpuConfig {
 
 impl Validate for Config {
     fn problems(&self, problems: &mut Vec<String>) {
+        self.server.problems(problems);
         self.gateway.problems(problems);
         self.vision.problems(problems);
         self.decoder.problems(problems);

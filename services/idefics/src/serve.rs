@@ -55,7 +55,7 @@ pub(crate) async fn run(args: ServeArgs, role: Role) -> Result<()> {
     telemetry::init(config.log.format, &config.log.filter).map_err(anyhow::Error::msg)?;
     let shutdown = Shutdown::default();
     shutdown.on_signals(Duration::from_millis(config.server.drain_ms))?;
-    if let Some(address) = config.server.metrics_addr {
+    if let Some(address) = &config.server.metrics_addr {
         let metrics = MetricsServer::bind(address).await.map_err(anyhow::Error::msg)?;
         tracing::info!(role = role.name(), metrics_addr = %metrics.local_addr()?, "metrics");
         tokio::spawn(metrics.serve(shutdown.clone()));
@@ -87,10 +87,10 @@ pub(crate) async fn run(args: ServeArgs, role: Role) -> Result<()> {
 
 fn load_config(args: &ServeArgs) -> Result<Config> {
     let mut flags = json!({});
-    if let Some(address) = args.grpc_addr {
+    if let Some(address) = &args.grpc_addr {
         flags["server"]["grpc_addr"] = json!(address);
     }
-    if let Some(address) = args.metrics_addr {
+    if let Some(address) = &args.metrics_addr {
         flags["server"]["metrics_addr"] = json!(address);
     }
     if let Some(format) = args.log_format {
@@ -202,6 +202,37 @@ async fn follow(mut readiness: Readiness, handle: ServerHandle, shutdown: Shutdo
                 tracing::info!(ready, "readiness changed");
                 handle.set_serving(ready).await;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use idefics_common::{
+        channel::{ChannelConfig, remote},
+        serve::ServerConfig,
+    };
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+    #[tokio::test]
+    async fn health_follows_the_engine() {
+        let config = ServerConfig { grpc_addr: "localhost:0".into(), ..ServerConfig::default() };
+        let server = RoleServer::bind(config, vec![idefics_decoder::SERVICE_NAME]).await.unwrap();
+        let (address, handle, shutdown) = (server.local_addr().unwrap(), server.handle(), Shutdown::default());
+        handle.set_serving(true).await;
+        tokio::spawn(server.serve(shutdown.clone()));
+        let (alive, engine) = watch::channel(true);
+        tokio::spawn(follow(Readiness { all: vec![engine] }, handle, shutdown));
+        let mut client = HealthClient::new(remote(&format!("http://{address}"), &ChannelConfig::default()).unwrap());
+        for service in ["", idefics_decoder::SERVICE_NAME] {
+            alive.send_replace(true);
+            let mut watcher = client.watch(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
+            let mut turns = async |expected| while watcher.message().await.unwrap().unwrap().status() != expected {};
+            turns(ServingStatus::Serving).await;
+            // As the guard in the engine's thread does, however the thread ends.
+            alive.send_replace(false);
+            turns(ServingStatus::NotServing).await;
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::{
     config::Config,
     engine::{Encoded, Engine, EngineError, Picture, QueuePermit},
     flights::{Boarding, Flights},
+    metrics::{self, Source},
     output_cache::{Output, OutputCache, PictureId},
     preprocess::{self, ImageLimits, PatchGrid, PreprocessOptions},
 };
@@ -90,19 +91,22 @@ impl Encoder {
         let arrived_at = Instant::now();
         let (pipeline, stats) = (&self.pipeline, self.pipeline.engine.stats());
         let boarding = self.flights.board(id, || pipeline.cache().get(&id), || Arc::clone(pipeline).start(id, image))?;
-        let flight = match boarding {
+        let (flight, source) = match boarding {
             Boarding::Done(Output { encoded, sub_images, .. }) => {
                 stats.num_cached_calls.fetch_add(1, Ordering::Relaxed);
-                return Ok(Answer { encoded, sub_images, timings: EncodeTimings::default(), cached: true });
+                let timings = EncodeTimings::default();
+                metrics::answered(Source::Cached, &timings);
+                return Ok(Answer { encoded, sub_images, timings, cached: true });
             }
             Boarding::Joined(flight) => {
                 stats.num_coalesced_calls.fetch_add(1, Ordering::Relaxed);
-                flight
+                (flight, Source::Coalesced)
             }
-            Boarding::Started(flight) => flight,
+            Boarding::Started(flight) => (flight, Source::Computed),
         };
         let output = flight.await?;
         let timings = timings(&output, arrived_at);
+        metrics::answered(source, &timings);
         Ok(Answer { encoded: output.encoded, sub_images: output.sub_images, timings, cached: false })
     }
 }
@@ -161,6 +165,7 @@ impl Pipeline {
         let mut cache = self.cache();
         cache.put(id, output);
         self.engine.stats().output_cache_bytes.store(cache.bytes(), Ordering::Relaxed);
+        metrics::output_cache(cache.bytes());
     }
 
     fn cache(&self) -> MutexGuard<'_, OutputCache> {

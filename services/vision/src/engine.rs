@@ -1,11 +1,12 @@
 //! The engine: one thread that owns the device and encodes queued pictures in packed passes, first come, first served.
 
 use crate::{
+    metrics,
     model_runner::{ModelRunner, RunPass, TokensShape},
     preprocess::{Normalization, PatchGrid},
 };
 use bytes::Bytes;
-use idefics_common::checkpoint::ModelConfig;
+use idefics_common::{checkpoint::ModelConfig, engine_thread};
 use idefics_kernels::{Backend, DType, Error, Result, weights::Weights};
 use std::{
     collections::VecDeque,
@@ -14,7 +15,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    thread,
     time::Instant,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -43,7 +43,7 @@ pub enum EngineError {
     #[error("{0} pictures wait for the vision engine already; try again later")]
     QueueFull(usize),
     /// The engine's thread has ended after a device fault.
-    #[error("the vision engine has ended; the replica must be restarted")]
+    #[error("the vision engine has ended; ask another replica and restart this one")]
     Ended,
     /// The pass in which the picture took part failed.
     #[error("{0}")]
@@ -71,22 +71,25 @@ pub struct EngineStats {
     pub output_cache_bytes: AtomicUsize,
 }
 
-/// Counts one for as long as it lives.
+/// Counts one for as long as it lives, in the engine's statistics and in the process's metrics.
 struct Counted {
     stats: Arc<EngineStats>,
-    gauge: fn(&EngineStats) -> &AtomicUsize,
+    count: fn(&EngineStats) -> &AtomicUsize,
+    gauge: ::metrics::Gauge,
 }
 
 impl Counted {
-    fn new(stats: &Arc<EngineStats>, gauge: fn(&EngineStats) -> &AtomicUsize) -> Self {
-        gauge(stats).fetch_add(1, Ordering::Relaxed);
-        Self { stats: Arc::clone(stats), gauge }
+    fn new(stats: &Arc<EngineStats>, count: fn(&EngineStats) -> &AtomicUsize, gauge: ::metrics::Gauge) -> Self {
+        count(stats).fetch_add(1, Ordering::Relaxed);
+        gauge.increment(1.0);
+        Self { stats: Arc::clone(stats), count, gauge }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        (self.gauge)(&self.stats).fetch_sub(1, Ordering::Relaxed);
+        (self.count)(&self.stats).fetch_sub(1, Ordering::Relaxed);
+        self.gauge.decrement(1.0);
     }
 }
 
@@ -165,21 +168,10 @@ impl Engine {
         load: impl FnOnce() -> Result<R> + Send + 'static,
     ) -> Result<Self> {
         let (jobs, receiver) = mpsc::unbounded_channel();
-        let (alive_sender, alive) = watch::channel(true);
-        let (loaded_sender, loaded) = std::sync::mpsc::channel();
         let stats = Arc::new(EngineStats::default());
         let worker_stats = Arc::clone(&stats);
-        let spawned = thread::Builder::new().name("vision-engine".into()).spawn(move || {
-            let _alive = AliveGuard(alive_sender);
-            let runner = match load() {
-                Ok(runner) => runner,
-                Err(error) => return drop(loaded_sender.send(Err(error))),
-            };
-            drop(loaded_sender.send(Ok(())));
-            Worker { shape: runner.tokens_shape(), runner, stats: worker_stats }.run(receiver);
-        });
-        spawned.map_err(|e| Error::Device(format!("the engine's thread cannot be started: {e}")))?;
-        loaded.recv().unwrap_or_else(|_| Err(Error::Device("the engine's thread ended while it loaded".into())))?;
+        let run = |runner: R| Worker { shape: runner.tokens_shape(), runner, stats: worker_stats }.run(receiver);
+        let alive = engine_thread::start("vision-engine", load, run, Error::Device)?;
         Ok(Self { jobs, queue: Arc::new(Semaphore::new(max_queued_images)), max_queued_images, stats, alive, device_name })
     }
 
@@ -188,8 +180,12 @@ impl Engine {
     /// # Errors
     /// [`EngineError::QueueFull`]
     pub fn admit(&self) -> Result<QueuePermit, EngineError> {
-        let permit = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| EngineError::QueueFull(self.max_queued_images))?;
-        Ok(QueuePermit { _permit: permit, _counted: Counted::new(&self.stats, |stats| &stats.num_queued_images) })
+        let permit = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| {
+            metrics::refused();
+            EngineError::QueueFull(self.max_queued_images)
+        })?;
+        let counted = Counted::new(&self.stats, |stats| &stats.num_queued_images, metrics::images_queued());
+        Ok(QueuePermit { _permit: permit, _counted: counted })
     }
 
     /// Image tokens of one picture's sub-images. Dropping the future takes the picture out of the queue; if it takes part in a
@@ -202,7 +198,7 @@ impl Engine {
             return Err(EngineError::Failed("picture has no sub-images, expected 1 or more".into()));
         }
         let (reply, answer) = oneshot::channel();
-        let counted = Counted::new(&self.stats, |stats| &stats.num_ready_images);
+        let counted = Counted::new(&self.stats, |stats| &stats.num_ready_images, metrics::images_ready());
         let job = Job { picture, _counted: counted, span: info_span!("encode_pass"), reply };
         self.jobs.send(job).map_err(|_| EngineError::Ended)?;
         answer.await.unwrap_or(Err(EngineError::Ended))
@@ -221,15 +217,6 @@ impl Engine {
     /// `cpu`, or the name of the card.
     pub fn device_name(&self) -> &str {
         &self.device_name
-    }
-}
-
-/// Says that the thread has ended, however it ends.
-struct AliveGuard(watch::Sender<bool>);
-
-impl Drop for AliveGuard {
-    fn drop(&mut self) {
-        self.0.send_replace(false);
     }
 }
 
@@ -308,7 +295,9 @@ impl<R: RunPass> Worker<R> {
     fn give_up_abandoned(&self, pending: &mut VecDeque<Pending>) {
         let before = pending.len();
         pending.retain(|p| !p.job.reply.is_closed());
-        self.stats.num_abandoned_images.fetch_add((before - pending.len()) as u64, Ordering::Relaxed);
+        let abandoned = (before - pending.len()) as u64;
+        self.stats.num_abandoned_images.fetch_add(abandoned, Ordering::Relaxed);
+        metrics::abandoned(abandoned);
     }
 
     /// The sub-images of the next pass, a range for each of the first pictures: first come, first served, as many as fit. A
@@ -353,14 +342,16 @@ impl<R: RunPass> Worker<R> {
             let bytes = share.start * self.shape.bytes()..share.end * self.shape.bytes();
             outputs.push(&mut bytemuck::cast_slice_mut(&mut p.rows.words)[bytes]);
         }
-        let sub_images = grids.len();
+        let (sub_images, patches) = (grids.len(), grids.iter().map(|grid| grid.rows * grid.cols).sum());
         self.runner.run(&grids, &mut outputs)?;
         for (p, share) in pending.iter_mut().zip(shares) {
             p.next_sub_image = share.end;
         }
         self.stats.num_passes.fetch_add(1, Ordering::Relaxed);
         self.stats.num_sub_images.fetch_add(sub_images as u64, Ordering::Relaxed);
-        tracing::debug!(sub_images, elapsed_ms = started_at.elapsed().as_secs_f64() * 1e3, "vision pass");
+        let elapsed = started_at.elapsed();
+        metrics::pass(elapsed, sub_images, patches);
+        tracing::debug!(sub_images, patches, elapsed_ms = elapsed.as_secs_f64() * 1e3, "vision pass");
         Ok(())
     }
 

@@ -9,6 +9,7 @@ pub mod config;
 mod encoder;
 pub mod engine;
 mod flights;
+mod metrics;
 pub mod model;
 pub mod model_runner;
 mod output_cache;

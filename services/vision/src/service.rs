@@ -4,6 +4,7 @@ use crate::{
     config::Config,
     encoder::{EncodeError, Encoder},
     engine::{Encoded, Engine, EngineError},
+    metrics,
     preprocess::{ImageLimits, PreprocessOptions},
     ship::Shipper,
 };
@@ -12,23 +13,29 @@ use idefics_common::{
     channel::{GrpcChannel, MAX_MESSAGE_BYTES},
     checkpoint::{Checkpoint, VisionConfig},
     serve::Shutdown,
-    status::{self, Violation},
+    status::{self, SHIP_TO_NOT_ALLOWED, Violation},
 };
 use idefics_kernels::DType;
 use idefics_proto::{
-    decoder::v1::PutImageTokensRequest,
+    decoder::v1::{PutImageTokensRequest, decoder_service_client::DecoderServiceClient},
     tensor::v1 as tensor,
     vision::v1::{
         EncodeRequest, EncodeResponse, GetInfoRequest, GetInfoResponse,
         vision_service_server::{VisionService, VisionServiceServer},
     },
 };
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument;
 
 /// Full name of the service, for health.
 pub const SERVICE_NAME: &str = "idefics.vision.v1.VisionService";
+
+/// When to try again after a refusal.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The vision role: checks, the encoder behind them, and shipping to each caller's decoder.
 pub struct Vision {
@@ -38,6 +45,7 @@ pub struct Vision {
     tokens_per_image: u32,
     hidden_size: u32,
     fingerprint: String,
+    file_hashes: HashMap<String, String>,
     ship_timeout: Duration,
     shutdown: Shutdown,
 }
@@ -52,6 +60,7 @@ impl Vision {
         decoder: Option<GrpcChannel>,
         shutdown: Shutdown,
     ) -> Self {
+        metrics::describe();
         let limits = ImageLimits {
             max_image_bytes: config.max_image_bytes,
             max_pixels: config.max_image_pixels,
@@ -65,6 +74,7 @@ impl Vision {
             tokens_per_image: checkpoint.tokens_per_image() as u32,
             hidden_size: checkpoint.config.text_config.hidden_size as u32,
             fingerprint,
+            file_hashes: checkpoint.hashes_of(&["config.json", "preprocessor_config.json"]),
             ship_timeout: Duration::from_millis(config.ship_timeout_ms),
             shutdown,
         }
@@ -105,8 +115,18 @@ impl Vision {
         }
     }
 
-    async fn ship(&self, uri: &str, key: Bytes, tokens: tensor::Tensor) -> Result<(), Status> {
-        let mut client = self.shipper.client(uri).map_err(|e| status::invalid_argument(vec![Violation::new("ship_to", e)]))?;
+    /// The decoder that the caller wants the tokens to go to.
+    fn decoder(&self, uri: &str) -> Result<DecoderServiceClient<GrpcChannel>, Status> {
+        self.shipper.client(uri).map_err(|why| status::failed_precondition(SHIP_TO_NOT_ALLOWED, [uri.to_owned()], why))
+    }
+
+    async fn ship(
+        &self,
+        mut client: DecoderServiceClient<GrpcChannel>,
+        uri: &str,
+        key: Bytes,
+        tokens: tensor::Tensor,
+    ) -> Result<(), Status> {
         let mut put = Request::new(PutImageTokensRequest { key, model_fingerprint: self.fingerprint.clone(), image_tokens: Some(tokens) });
         put.set_timeout(self.ship_timeout);
         let sent = tokio::time::timeout(self.ship_timeout, client.put_image_tokens(put)).await;
@@ -116,29 +136,33 @@ impl Vision {
             Ok(Err(e)) if matches!(e.code(), Code::FailedPrecondition | Code::ResourceExhausted) => Err(e),
             Ok(Err(e)) => {
                 let message = format!("the decoder {uri} did not take the image tokens: {}", e.message());
-                Err(status::unavailable(message, Duration::from_secs(1)))
+                Err(status::unavailable(message, RETRY_AFTER))
             }
             Err(_) => {
                 let message = format!("the decoder {uri} did not take the image tokens within {} ms", self.ship_timeout.as_millis());
-                Err(status::unavailable(message, Duration::from_secs(1)))
+                Err(status::unavailable(message, RETRY_AFTER))
             }
         }
     }
 
     async fn encode_one(&self, request: EncodeRequest) -> Result<EncodeResponse, Status> {
         let (key, options) = self.validate(&request)?;
+        let decoder = if request.ship_to.is_empty() { None } else { Some(self.decoder(&request.ship_to)?) };
         let answer = self.encoder.encode(key, options, request.image).await.map_err(encode_status)?;
         let (cached, mut timings) = (answer.cached, answer.timings);
         let (tokens, sub_images) = (answer.encoded.tokens as u32, answer.sub_images.to_vec());
         let tensor = to_wire(answer.encoded);
-        let mut image_tokens = None;
-        if request.ship_to.is_empty() {
-            image_tokens = Some(tensor);
-        } else {
-            let started_at = Instant::now();
-            self.ship(&request.ship_to, request.key.clone(), tensor).await?;
-            timings.ship_ms = started_at.elapsed().as_secs_f64() * 1e3;
-        }
+        let image_tokens = match decoder {
+            None => Some(tensor),
+            Some(decoder) => {
+                let started_at = Instant::now();
+                self.ship(decoder, &request.ship_to, request.key.clone(), tensor).await?;
+                let elapsed = started_at.elapsed();
+                metrics::shipped(elapsed);
+                timings.ship_ms = elapsed.as_secs_f64() * 1e3;
+                None
+            }
+        };
         tracing::debug!(cached, ?timings, tokens, "encoded");
         Ok(EncodeResponse { key: request.key, sub_images, tokens, image_tokens, timings: Some(timings), cached })
     }
@@ -151,7 +175,7 @@ impl VisionService for Vision {
         let span = tracing::info_span!("encode", request_id = %request.request_id);
         tokio::select! {
             response = self.encode_one(request).instrument(span) => response.map(Response::new),
-            () = self.shutdown.cancel.cancelled() => Err(status::unavailable("vision is shutting down", Duration::from_secs(1))),
+            () = self.shutdown.cancel.cancelled() => Err(status::unavailable("vision is shutting down", RETRY_AFTER)),
         }
     }
 
@@ -165,19 +189,21 @@ impl VisionService for Vision {
             hidden_size: self.hidden_size,
             device: self.encoder.engine().device_name().to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            file_hashes: self.file_hashes.clone(),
         }))
     }
 }
 
 fn ended() -> Status {
-    Status::internal(EngineError::Ended.to_string())
+    status::unavailable(EngineError::Ended.to_string(), RETRY_AFTER)
 }
 
 fn encode_status(error: EncodeError) -> Status {
     match error {
         EncodeError::Image(what) => status::invalid_argument(vec![Violation::new("image", what)]),
-        EncodeError::Engine(EngineError::QueueFull(_)) => status::resource_exhausted(error.to_string(), Duration::from_secs(1)),
-        EncodeError::Panicked | EncodeError::Engine(_) => Status::internal(error.to_string()),
+        EncodeError::Engine(EngineError::QueueFull(_)) => status::resource_exhausted(error.to_string(), RETRY_AFTER),
+        EncodeError::Engine(EngineError::Ended) => ended(),
+        EncodeError::Panicked | EncodeError::Engine(EngineError::Failed(_)) => Status::internal(error.to_string()),
     }
 }
 

@@ -229,18 +229,25 @@ struct Check<'a> {
     /// Fields that are named where all texts or all pictures together are too much.
     text_field: &'static str,
     image_field: &'static str,
+    /// At most [`MAX_VIOLATIONS`].
     violations: Vec<Violation>,
+    /// Violations beyond those.
+    unlisted: usize,
     text_bytes: usize,
     images: usize,
 }
 
 impl<'a> Check<'a> {
     fn new(limits: &'a Limits, text_field: &'static str, image_field: &'static str) -> Self {
-        Self { limits, text_field, image_field, violations: Vec::new(), text_bytes: 0, images: 0 }
+        Self { limits, text_field, image_field, violations: Vec::new(), unlisted: 0, text_bytes: 0, images: 0 }
     }
 
     fn refuse(&mut self, field: impl Into<String>, what: impl Into<String>) {
-        self.violations.push(Violation::new(field, what));
+        if self.violations.len() < MAX_VIOLATIONS {
+            self.violations.push(Violation::new(field, what));
+        } else {
+            self.unlisted += 1;
+        }
     }
 
     fn finish<T>(mut self, valid: T) -> Result<T, Vec<Violation>> {
@@ -254,10 +261,8 @@ impl<'a> Check<'a> {
                 format!("texts are {} bytes, limit is {max_text_bytes}; shorten them or raise gateway.max_text_bytes", self.text_bytes);
             self.refuse(self.text_field, what);
         }
-        if self.violations.len() > MAX_VIOLATIONS {
-            let more = self.violations.len() - MAX_VIOLATIONS;
-            self.violations.truncate(MAX_VIOLATIONS);
-            self.refuse("", format!("{more} more problems are not listed"));
+        if self.unlisted > 0 {
+            self.violations.push(Violation::new("", format!("{} more problems are not listed", self.unlisted)));
         }
         if self.violations.is_empty() { Ok(valid) } else { Err(self.violations) }
     }
@@ -319,6 +324,11 @@ impl<'a> Check<'a> {
     }
 
     fn pictures(&mut self, images: Vec<pb::Image>) -> Vec<Picture> {
+        if images.len() > self.limits.max_images {
+            // Counted but not looked at: a message has room for millions of empty ones.
+            self.images += images.len();
+            return Vec::new();
+        }
         let picture = |(i, image): (usize, pb::Image)| self.picture(format!("images[{i}].data"), image.data, PictureBytes::Needed);
         images.into_iter().enumerate().map(picture).collect()
     }
@@ -363,8 +373,10 @@ impl<'a> Check<'a> {
     fn cache_salt(&mut self, salt: Bytes) -> Bytes {
         if salt.len() > MAX_CACHE_SALT_BYTES {
             self.refuse("cache_salt", format!("has {} bytes, expected at most {MAX_CACHE_SALT_BYTES}", salt.len()));
+            return Bytes::new();
         }
-        salt
+        // A slice of the request's body would keep all of it.
+        Bytes::copy_from_slice(&salt)
     }
 }
 
@@ -420,6 +432,25 @@ mod tests {
         let violations = limits().chat(pb::ChatRequest { messages, ..Default::default() }).unwrap_err();
         assert_eq!(violations.len(), MAX_VIOLATIONS + 1);
         assert!(violations[MAX_VIOLATIONS].description.contains("64 more"), "{violations:?}");
+    }
+
+    #[test]
+    fn problems_beyond_the_limit_are_counted_but_not_kept() {
+        let limits = limits();
+        let mut check = Check::new(&limits, "", "");
+        for i in 0..100_000 {
+            check.refuse(format!("messages[{i}]"), "is bad");
+        }
+        assert_eq!((check.violations.len(), check.unlisted), (MAX_VIOLATIONS, 100_000 - MAX_VIOLATIONS));
+        assert!(check.violations.capacity() <= 2 * MAX_VIOLATIONS);
+    }
+
+    #[test]
+    fn too_many_pictures_are_not_looked_at_one_by_one() {
+        let request = pb::EncodeImagesRequest { images: vec![pb::Image::default(); 1000], image_options: None };
+        let violations = limits().encode_images(request).unwrap_err();
+        assert_eq!(violations.iter().map(|violation| violation.field.as_str()).collect::<Vec<_>>(), ["images"]);
+        assert!(violations[0].description.contains("has 1000 pictures, limit is 2"), "{violations:?}");
     }
 
     #[test]

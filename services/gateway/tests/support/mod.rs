@@ -7,7 +7,7 @@ use idefics_common::{
     channel::{GrpcChannel, in_process},
     checkpoint::{Checkpoint, Source},
     serve::Shutdown,
-    status::{IMAGE_TOKENS_MISSING, failed_precondition},
+    status::{IMAGE_TOKENS_MISSING, SHIP_TO_NOT_ALLOWED, failed_precondition},
 };
 use idefics_gateway::{Gateway, GatewayConfig, Peer, Peers};
 use idefics_proto::{
@@ -23,7 +23,7 @@ use idefics_proto::{
     },
 };
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
@@ -50,8 +50,9 @@ pub fn demo() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../idefics/demo/checkpoint")
 }
 
+/// The demo checkpoint, as a gateway without weights has it.
 pub fn checkpoint() -> Checkpoint {
-    Checkpoint::open(Source::Folder(demo())).unwrap()
+    Checkpoint { source: Source::Folder("demo".into()), ..Checkpoint::open(Source::Folder(demo())).unwrap() }
 }
 
 /// What a role was asked, in the order in which the roles were.
@@ -110,6 +111,7 @@ pub enum Encoding {
     Never,
     Fails(Code, &'static str),
     Refuses(&'static str),
+    MayNotShip,
 }
 
 /// A peer's behaviour, which a test may change while it runs.
@@ -117,6 +119,7 @@ pub struct Fake {
     pub uri: String,
     pub fingerprint: Mutex<String>,
     pub hidden_size: Mutex<u32>,
+    pub file_hashes: Mutex<HashMap<String, String>>,
     /// `GetInfo` fails.
     pub silent: Mutex<bool>,
     /// Every call breaks off, as where a process has died.
@@ -259,6 +262,7 @@ impl DecoderService for FakeDecoder {
             max_model_tokens: 512,
             tokens_per_image: 16,
             hidden_size: *self.0.hidden_size.lock().unwrap(),
+            file_hashes: self.0.file_hashes.lock().unwrap().clone(),
             ..Default::default()
         }))
     }
@@ -278,6 +282,7 @@ impl VisionService for FakeVision {
                 std::future::pending::<()>().await;
             }
             Encoding::Fails(code, message) => return Err(Status::new(code, message)),
+            Encoding::MayNotShip => return Err(failed_precondition(SHIP_TO_NOT_ALLOWED, [request.ship_to], "add it there")),
             Encoding::Refuses(what) => {
                 return Err(idefics_common::status::invalid_argument(vec![idefics_common::status::Violation::new("image", what)]));
             }
@@ -306,6 +311,7 @@ impl VisionService for FakeVision {
             model_fingerprint: self.0.fingerprint.lock().unwrap().clone(),
             tokens_per_image: 16,
             hidden_size: *self.0.hidden_size.lock().unwrap(),
+            file_hashes: self.0.file_hashes.lock().unwrap().clone(),
             ..Default::default()
         }))
     }
@@ -372,6 +378,7 @@ impl Setup {
                 uri,
                 fingerprint: Mutex::new(FINGERPRINT.into()),
                 hidden_size: Mutex::new(256),
+                file_hashes: Mutex::new(self.checkpoint.hashes_of(&["config.json", "preprocessor_config.json", "tokenizer.json"])),
                 silent: Mutex::new(false),
                 dead: Arc::default(),
                 reserve: Mutex::new(Ok(())),

@@ -12,7 +12,9 @@ use idefics_kernels::{
 };
 use idefics_proto::{
     decoder::v1::decoder_service_server::DecoderServiceServer,
-    vision::v1::{EncodeRequest, EncodeResponse, PreprocessOptions, vision_service_client::VisionServiceClient},
+    vision::v1::{
+        EncodeRequest, EncodeResponse, GetInfoRequest, GetInfoResponse, PreprocessOptions, vision_service_client::VisionServiceClient,
+    },
 };
 use idefics_vision::{
     Config, Engine, EngineOptions, EngineStats, IN_PROCESS, Vision,
@@ -135,6 +137,11 @@ impl Role {
     /// Calls and waits.
     pub(crate) async fn encode(&self, request: EncodeRequest) -> Result<EncodeResponse, Status> {
         self.call(request).await.unwrap()
+    }
+
+    /// Asks the role who it is.
+    pub(crate) async fn get_info(&self) -> Result<GetInfoResponse, Status> {
+        Ok(self.client.clone().get_info(GetInfoRequest {}).await?.into_inner())
     }
 
     /// Starts a call and waits until the engine has its picture.

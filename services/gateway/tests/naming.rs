@@ -1,0 +1,94 @@
+//! How a request is named: to its caller, in errors, in traces.
+
+mod support;
+
+use idefics_proto::gateway::v1 as pb;
+use std::sync::{Arc, Mutex};
+use support::{Script, World, ask, chat, picture, text};
+use tonic::{Code, Request, Status};
+use tonic_types::StatusExt;
+use tracing::span::{Attributes, Id};
+use tracing_subscriber::{
+    Layer,
+    layer::{Context, SubscriberExt},
+};
+
+const REQUEST_ID: &str = "x-request-id";
+
+fn named<T>(message: T, id: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert(REQUEST_ID, id.parse().unwrap());
+    request
+}
+
+fn assert_named(status: &Status, id: &str) {
+    assert_eq!(status.get_details_request_info().expect("RequestInfo").request_id, id, "{status:?}");
+    assert_eq!(status.metadata().get(REQUEST_ID).expect("metadata"), id);
+}
+
+#[tokio::test(start_paused = true)]
+async fn errors_name_the_request_beside_what_else_they_say() {
+    let world = World::new().await;
+    let mut client = world.client();
+    // Every visible ASCII character may be in a name.
+    let id = "a/b:c=\"{7}\"~!";
+    let bad = pb::ChatRequest::default();
+    let status = client.chat(named(bad, id)).await.unwrap_err();
+    assert_named(&status, id);
+    assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "messages");
+    assert_named(&client.generate(named(pb::GenerateRequest::default(), id)).await.unwrap_err(), id);
+    assert_named(&client.tokenize(named(pb::TokenizeRequest::default(), id)).await.unwrap_err(), id);
+    assert_named(&client.encode_images(named(pb::EncodeImagesRequest::default(), id)).await.unwrap_err(), id);
+    // Names of the gateway's own, too.
+    let status = client.chat(pb::ChatRequest::default()).await.unwrap_err();
+    assert_eq!(status.get_details_request_info().unwrap().request_id.len(), 32);
+}
+
+#[tokio::test(start_paused = true)]
+async fn error_in_the_middle_of_an_answer_names_the_request() {
+    let world = World::new().await;
+    world.script([Script::TokensThenError(vec![399], Code::Unavailable)]);
+    let status = ask(&world, named(chat(vec![text("?")]), "job-7")).await.error.unwrap();
+    assert_named(&status, "job-7");
+    assert!(status.get_details_retry_info().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_carry_the_callers_name_for_them() {
+    let world = World::new().await;
+    let mut client = world.client();
+    let response = client.chat(named(chat(vec![text("?")]), "job-7")).await.unwrap();
+    assert_eq!(response.metadata().get(REQUEST_ID).unwrap(), "job-7");
+    let input = Some(pb::tokenize_request::Input::Text("x".into()));
+    let response = client.tokenize(named(pb::TokenizeRequest { input, image_options: None }, "job-8")).await.unwrap();
+    assert_eq!(response.metadata().get(REQUEST_ID).unwrap(), "job-8");
+    // What cannot be a name is replaced.
+    let answer = ask(&world, named(chat(vec![text("?")]), "two words")).await;
+    assert_eq!(answer.started[0].request_id.len(), 32);
+}
+
+/// Names of the spans that were opened.
+#[derive(Clone, Default)]
+struct Spans(Arc<Mutex<Vec<&'static str>>>);
+
+impl<S: tracing::Subscriber> Layer<S> for Spans {
+    fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
+        let metadata = attributes.metadata();
+        if metadata.fields().field("request_id").is_some() {
+            self.0.lock().unwrap().push(metadata.name());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_method_has_a_span_of_its_own() {
+    let spans = Spans::default();
+    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(spans.clone()));
+    let world = World::new().await;
+    let input = Some(pb::tokenize_request::Input::Text("x".into()));
+    world.client().tokenize(pb::TokenizeRequest { input, image_options: None }).await.unwrap();
+    let images = vec![pb::Image { data: "1".into() }];
+    world.client().encode_images(pb::EncodeImagesRequest { images, image_options: None }).await.unwrap();
+    ask(&world, chat(vec![picture(b"one")])).await;
+    assert_eq!(*spans.0.lock().unwrap(), ["tokenize", "encode_images", "encode", "chat", "encode", "generate"]);
+}
