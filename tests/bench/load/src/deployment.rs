@@ -16,6 +16,8 @@ use std::{
 const READY_TIMEOUT: Duration = Duration::from_secs(600);
 /// Lines of a role's log that are kept for when it fails.
 const LOG_LINES: usize = 30;
+/// Unit of processor times in `/proc`: `USER_HZ`, which is 100 on every architecture that Linux still supports.
+const TICKS_PER_SECOND: f64 = 100.0;
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -104,9 +106,9 @@ impl Role {
         Ok(role)
     }
 
-    /// Resident memory, in bytes; none if the process has ended.
-    pub fn rss_bytes(&self) -> Option<u64> {
-        rss_bytes(Path::new("/proc").join(self.child.id().to_string()).as_path())
+    /// What the process takes now; none if it has ended.
+    pub fn resources(&self) -> Option<Resources> {
+        Resources::of(&Path::new("/proc").join(self.child.id().to_string()))
     }
 
     /// A list of one, as configuration is written.
@@ -127,11 +129,32 @@ fn variable(key: &str) -> String {
     format!("IDEFICS_{}", key.to_uppercase().replace('.', "__"))
 }
 
-fn rss_bytes(process: &Path) -> Option<u64> {
-    let status = std::fs::read_to_string(process.join("status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
+/// Resources of a process at one time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Resources {
+    /// Resident memory, in bytes.
+    pub rss_bytes: u64,
+    /// Processor time since the process started, all threads, in seconds.
+    pub cpu_s: f64,
+}
+
+impl Resources {
+    /// What this process takes.
+    pub fn of_driver() -> Option<Self> {
+        Self::of(Path::new("/proc/self"))
+    }
+
+    /// Reads a folder of `/proc`; see proc(5).
+    fn of(process: &Path) -> Option<Self> {
+        let status = std::fs::read_to_string(process.join("status")).ok()?;
+        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        let rss_kib: u64 = rss.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        let stat = std::fs::read_to_string(process.join("stat")).ok()?;
+        // The name in parentheses may have spaces; behind it, user and system time are the 12th and 13th fields.
+        let mut times = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<u64>);
+        let (user, system) = (times.next()?.ok()?, times.next()?.ok()?);
+        Some(Self { rss_bytes: rss_kib << 10, cpu_s: (user + system) as f64 / TICKS_PER_SECOND })
+    }
 }
 
 enum Announced {
@@ -160,9 +183,9 @@ mod tests {
     }
 
     #[test]
-    fn own_memory_is_read_from_proc() {
-        assert!(rss_bytes(Path::new("/proc/self")).is_some_and(|bytes| bytes > 1 << 20));
-        assert_eq!(rss_bytes(Path::new("/proc/no process")), None);
+    fn own_resources_are_read_from_proc() {
+        assert!(Resources::of_driver().is_some_and(|own| own.rss_bytes > 1 << 20 && own.cpu_s >= 0.0));
+        assert_eq!(Resources::of(Path::new("/proc/no process")), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the servers say of themselves before, during and after a run: metrics of every role, memory of every process.
 
 use crate::{
-    deployment::Deployment,
+    deployment::{Deployment, Resources},
     metrics::{Samples, scrape},
 };
 use anyhow::Result;
@@ -20,6 +20,8 @@ const LOAD_GAUGES: [&str; 4] = [
     "idefics_decoder_requests_waiting",
     "idefics_gateway_requests_running",
 ];
+/// Name of this process in reports: what it takes is taken from the servers where they share a machine.
+const DRIVER: &str = "driver";
 /// Blocks of the KV cache that requests hold.
 const BLOCKS_USED: &str = LOAD_GAUGES[0];
 
@@ -49,6 +51,9 @@ pub struct RoleReport {
     /// Resident memory of the process in bytes; absent if the driver did not start it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rss_bytes: Option<Course>,
+    /// Processor time that the process took, in seconds; absent likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_s: Option<f64>,
     /// Gauges by name with labels.
     pub gauges: BTreeMap<String, Course>,
     /// By how much counters, counts and sums of histograms went up.
@@ -65,7 +70,7 @@ type Look = BTreeMap<String, RoleLook>;
 #[derive(Clone, Debug, Default)]
 struct RoleLook {
     samples: Samples,
-    rss_bytes: Option<u64>,
+    resources: Option<Resources>,
 }
 
 /// A run that is being watched.
@@ -108,8 +113,9 @@ impl Observer {
             look.entry(name.clone()).or_default().samples = scrape(address).await?;
         }
         for role in self.deployment.iter().flat_map(|deployment| &deployment.roles) {
-            look.entry(role.name.to_owned()).or_default().rss_bytes = role.rss_bytes();
+            look.entry(role.name.to_owned()).or_default().resources = role.resources();
         }
+        look.entry(DRIVER.to_owned()).or_default().resources = Resources::of_driver();
         Ok(look)
     }
 }
@@ -167,7 +173,8 @@ fn report(before: &Look, looks: &[Look], after: &Look) -> RoleReports {
             (name.clone(), value - earlier)
         });
         RoleReport {
-            rss_bytes: last.rss_bytes.map(|_| course(&|look| look.rss_bytes.map(|bytes| bytes as f64))),
+            rss_bytes: last.resources.map(|_| course(&|look| look.resources.map(|taken| taken.rss_bytes as f64))),
+            cpu_s: last.resources.map(|_| course(&|look| look.resources.map(|taken| taken.cpu_s))).map(|cpu| cpu.after - cpu.before),
             gauges: gauges.collect(),
             increases: increases.collect(),
         }
@@ -179,12 +186,12 @@ fn report(before: &Look, looks: &[Look], after: &Look) -> RoleReports {
 mod tests {
     use super::*;
 
-    fn look(blocks: f64, requests: f64, rss: u64) -> Look {
+    fn look(blocks: f64, requests: f64, rss_bytes: u64) -> Look {
         let samples = Samples {
             gauges: BTreeMap::from([(BLOCKS_USED.to_owned(), blocks)]),
             counters: BTreeMap::from([("requests".to_owned(), requests)]),
         };
-        Look::from([("decoder".to_owned(), RoleLook { samples, rss_bytes: Some(rss) })])
+        Look::from([("decoder".to_owned(), RoleLook { samples, resources: Some(Resources { rss_bytes, cpu_s: requests / 2.0 }) })])
     }
 
     #[test]
@@ -196,6 +203,7 @@ mod tests {
         let decoder = &reports["decoder"];
         assert_eq!(decoder.gauges[BLOCKS_USED], Course { before: 0.0, peak: 9.0, after: 1.0 });
         assert_eq!(decoder.rss_bytes, Some(Course { before: 100.0, peak: 400.0, after: 300.0 }));
+        assert_eq!(decoder.cpu_s, Some(2.5));
         assert!(!is_quiet(&before, &after) && is_quiet(&before, &look(0.0, 9.0, 0)));
     }
 

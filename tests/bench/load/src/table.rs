@@ -66,7 +66,10 @@ pub(crate) fn servers(roles: &RoleReports) -> Vec<String> {
     for (name, role) in roles {
         if let Some(rss) = role.rss_bytes {
             let [before, peak, after] = [rss.before, rss.peak, rss.after].map(|bytes| bytes / MIB);
-            lines.push(format!("{name:<14} resident {before:.1} MiB before, {peak:.1} at most, {after:.1} after"));
+            let cpu_s = role.cpu_s.unwrap_or(0.0);
+            lines.push(format!(
+                "{name:<14} resident {before:.1} MiB before, {peak:.1} at most, {after:.1} after; {cpu_s:.1} s of processor"
+            ));
         }
     }
     let [cached, prompt, drafted, accepted, preemptions] = [
