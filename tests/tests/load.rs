@@ -23,6 +23,8 @@ const WORKLOAD: WorkloadConfig = WorkloadConfig {
     prompt_words: Range { least: 4, most: 24 },
     output_tokens: Range { least: 2, most: 8 },
     picture_edge: Range { least: 32, most: 160 },
+    shortest_edge: None,
+    longest_edge: None,
     repeated_pictures: 0.5,
 };
 

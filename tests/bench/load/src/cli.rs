@@ -58,6 +58,9 @@ pub enum Mode {
         /// Conversations that find the first rate
         #[arg(long, default_value_t = 32, value_name = "N")]
         requests: usize,
+        /// How often the peak and twice its rate are compared, side by side
+        #[arg(long, default_value_t = 3, value_name = "N")]
+        rounds: usize,
     },
 }
 

@@ -29,6 +29,7 @@ use bench::Bench;
 use clap::Parser;
 use cli::{Cli, CommonArgs, LoadArgs, Mode, expect_positive};
 use client::Client;
+use overload::Plan;
 use runner::Load;
 use serde::Serialize;
 use serde_json::json;
@@ -37,6 +38,7 @@ use std::{
     process::ExitCode,
     time::{Duration, SystemTime},
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Variant of the conversations before a measurement: no measurement has it.
 const WARMUP_VARIANT: u32 = u32::MAX;
@@ -48,7 +50,14 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),
     };
-    match runtime.block_on(run(cli)) {
+    // What is dropped on a signal ends the roles that were started.
+    let outcome = runtime.block_on(async {
+        tokio::select! {
+            outcome = run(cli) => outcome,
+            signal = interrupted() => Err(signal.map_or_else(Into::into, |()| anyhow!("interrupted"))),
+        }
+    });
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
@@ -57,6 +66,13 @@ pub fn main() -> ExitCode {
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error:#}");
     ExitCode::FAILURE
+}
+
+/// Returns at SIGTERM or SIGINT.
+async fn interrupted() -> std::io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    Ok(())
 }
 
 async fn run(cli: Cli) -> Result<()> {
@@ -91,22 +107,27 @@ async fn run(cli: Cli) -> Result<()> {
             report.file("sweep.svg", |file| plot::sweep(&sweep, file))?;
             report.check(sweep.problems())
         }
-        Mode::Overload { common, duration, rate, requests } => {
+        Mode::Overload { common, duration, rate, requests, rounds } => {
             expect_positive("--duration", duration).map_err(anyhow::Error::msg)?;
             expect_positive("--rate", rate.unwrap_or(1.0)).map_err(anyhow::Error::msg)?;
+            let plan =
+                Plan { duration: Duration::from_secs_f64(duration), first_rate: rate, probes: requests.max(1), rounds: rounds.max(1) };
             let (bench, report) = open(common).await?;
             println!("{}", table::HEADER);
             let progress = |step: &overload::Step| println!("{}", table::row(&format!("rate {:.2}", step.rate), &step.run.total));
-            let overload = overload::overload(&bench, Duration::from_secs_f64(duration), rate, requests.max(1), progress).await?;
-            println!("\nrate {:.2}:\n{}", overload.overload.rate, table::details(&overload.overload.run));
+            let overload = overload::overload(&bench, plan, progress).await?;
+            if let Some(round) = overload.rounds.last() {
+                println!("\nrate {:.2}:\n{}", round.overload.rate, table::details(&round.overload.run));
+            }
+            for round in &overload.rounds {
+                println!("goodput {:.2}/s, {:.2}/s at twice the rate", round.peak.goodput(), round.overload.goodput());
+            }
             let refusal = overload.refusal_ms.map_or("-".to_owned(), |refusal_ms| format!("{refusal_ms:.1} ms"));
             println!(
-                "goodput {:.2}/s at {:.2}/s, {:.1}% of the peak, {:.2}/s at {:.2}/s; median refusal {refusal}",
-                overload.overload.goodput(),
-                overload.overload.rate,
-                100.0 * overload.relative_goodput,
+                "peak {:.2}/s at {:.2} conversations/s; {:.1}% of it at twice the rate; median refusal {refusal}",
                 overload.peak_goodput_per_s,
                 overload.peak_rate,
+                100.0 * overload.relative_goodput,
             );
             report.write("overload", &overload)?;
             report.file("overload.svg", |file| plot::overload(&overload, file))?;

@@ -3,6 +3,7 @@
 use crate::{
     arrivals::{Until, poisson},
     bench::{Bench, RunReport},
+    quantiles::Quantiles,
     runner::Load,
 };
 use anyhow::Result;
@@ -33,13 +34,13 @@ pub struct OverloadReport {
     pub ramp: Vec<Step>,
     /// The rate with the highest goodput, in conversations per second.
     pub peak_rate: f64,
-    /// The highest goodput.
+    /// That rate and twice that rate side by side, several times.
+    pub rounds: Vec<Round>,
+    /// Goodput at the rate of the peak: the median over rounds. The highest of the ramp is too high by its own noise.
     pub peak_goodput_per_s: f64,
-    /// Twice the rate of the peak.
-    pub overload: Step,
-    /// Goodput under overload over the peak's.
+    /// Goodput at twice that rate over goodput at that rate: the median over rounds.
     pub relative_goodput: f64,
-    /// Median time to a refusal under overload; absent if nothing was refused.
+    /// Median time to a refusal at twice that rate: the median over rounds; absent if nothing was refused.
     pub refusal_ms: Option<f64>,
 }
 
@@ -52,28 +53,44 @@ pub struct Step {
     pub run: RunReport,
 }
 
-/// Raises the rate until the goodput stops growing, each for `duration`, then doubles the rate of the peak. The first rate is
-/// `first_rate`, or found with `probes` conversations one at a time. `progress` is told of each step.
+/// The rate of the peak and twice that rate, one right after the other.
+#[derive(Clone, Debug, Serialize)]
+pub struct Round {
+    /// At the rate of the peak.
+    pub peak: Step,
+    /// At twice that rate.
+    pub overload: Step,
+}
+
+/// How to find the peak and compare with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How long conversations begin at each rate.
+    pub duration: Duration,
+    /// The first rate; none: found with `probes`.
+    pub first_rate: Option<f64>,
+    /// Conversations one at a time that find the first rate.
+    pub probes: usize,
+    /// How often the peak and twice its rate are compared.
+    pub rounds: usize,
+}
+
+/// Raises the rate until the goodput stops growing, then compares the rate of the peak with twice that rate. `progress` is told
+/// of each step.
 ///
 /// # Errors
 /// As [`Bench::measure`].
-pub async fn overload(
-    bench: &Bench,
-    duration: Duration,
-    first_rate: Option<f64>,
-    probes: usize,
-    mut progress: impl FnMut(&Step),
-) -> Result<OverloadReport> {
-    let first_rate = match first_rate {
+pub async fn overload(bench: &Bench, plan: Plan, mut progress: impl FnMut(&Step)) -> Result<OverloadReport> {
+    let first_rate = match plan.first_rate {
         Some(rate) => rate,
         None => {
-            let alone = bench.measure(probes, 1, Load::Closed { concurrency: 1 }).await?;
+            let alone = bench.measure(plan.probes, 1, Load::Closed { concurrency: 1 }).await?;
             FIRST_RATE * alone.conversations as f64 / (alone.window.to_s - alone.window.from_s)
         }
     };
     let mut variants = 2..;
     let mut at_rate = async |rate: f64| -> Result<Step> {
-        let arrivals = poisson(bench.workload.seed, rate, Until::Time(duration));
+        let arrivals = poisson(bench.workload.seed, rate, Until::Time(plan.duration));
         let run = bench.measure(arrivals.len(), variants.next().unwrap_or(0), Load::Open { rate, arrivals }).await?;
         let step = Step { rate, run };
         progress(&step);
@@ -85,17 +102,32 @@ pub async fn overload(
         ramp.push(at_rate(rate).await?);
         rate *= RATE_STEP;
     }
-    let (peak_rate, peak_goodput_per_s) =
-        ramp.iter().map(|step| (step.rate, step.goodput())).fold((first_rate, 0.0), |peak, step| if step.1 > peak.1 { step } else { peak });
-    let overload = at_rate(OVERLOAD * peak_rate).await?;
+    let peak_rate = ramp.iter().max_by(|a, b| a.goodput().total_cmp(&b.goodput())).map_or(first_rate, |step| step.rate);
+    let mut rounds = Vec::new();
+    for round in 0..plan.rounds {
+        // Each goes first as often as the other: what drifts meanwhile cancels out.
+        let [first, second] = if round % 2 == 0 { [1.0, OVERLOAD] } else { [OVERLOAD, 1.0] };
+        let (first, second) = (at_rate(first * peak_rate).await?, at_rate(second * peak_rate).await?);
+        let (peak, overload) = if round % 2 == 0 { (first, second) } else { (second, first) };
+        rounds.push(Round { peak, overload });
+    }
+    let median = |values: Vec<f64>| Quantiles::of(values).map(|quantiles| quantiles.p50);
+    let refusals = rounds.iter().filter_map(|round| round.overload.run.total.refusal_ms).map(|refusal| refusal.p50);
     Ok(OverloadReport {
-        relative_goodput: overload.goodput() / peak_goodput_per_s,
-        refusal_ms: overload.run.total.refusal_ms.map(|refusal| refusal.p50),
-        ramp,
         peak_rate,
-        peak_goodput_per_s,
-        overload,
+        peak_goodput_per_s: median(rounds.iter().map(|round| round.peak.goodput()).collect()).unwrap_or(0.0),
+        relative_goodput: median(rounds.iter().map(Round::relative_goodput).collect()).unwrap_or(0.0),
+        refusal_ms: median(refusals.collect()),
+        ramp,
+        rounds,
     })
+}
+
+impl Round {
+    /// Goodput under overload over goodput at the peak.
+    pub fn relative_goodput(&self) -> f64 {
+        self.overload.goodput() / self.peak.goodput()
+    }
 }
 
 impl Step {
@@ -106,12 +138,15 @@ impl Step {
 }
 
 impl OverloadReport {
+    /// Every run, as they ran but for the order within rounds.
+    pub fn steps(&self) -> impl Iterator<Item = &Step> {
+        self.ramp.iter().chain(self.rounds.iter().flat_map(|round| [&round.peak, &round.overload]))
+    }
+
     /// What must not happen, each as a line.
     pub fn problems(&self) -> Vec<String> {
-        let steps = self.ramp.iter().chain([&self.overload]);
-        let mut problems: Vec<String> = steps
-            .flat_map(|step| step.run.problems().into_iter().map(move |problem| format!("rate {:.2}: {problem}", step.rate)))
-            .collect();
+        let at_step = |step: &Step| step.run.problems().into_iter().map(|problem| format!("rate {:.2}: {problem}", step.rate)).collect();
+        let mut problems: Vec<String> = self.steps().flat_map(|step| -> Vec<String> { at_step(step) }).collect();
         // A ratio to a peak of 0 is no number.
         if self.relative_goodput.is_nan() || self.relative_goodput < LEAST_RELATIVE_GOODPUT {
             problems.push(format!(

@@ -58,9 +58,13 @@ pub(crate) fn sweep(report: &SweepReport, file: &Path) -> Result<()> {
 /// # Errors
 /// If the file cannot be written.
 pub(crate) fn overload(report: &OverloadReport, file: &Path) -> Result<()> {
-    let mut goodput: Vec<(f64, f64)> = report.ramp.iter().chain([&report.overload]).map(|step| (step.rate, step.goodput())).collect();
+    let mut goodput: Vec<_> = report.steps().map(|step| (step.rate, step.goodput())).collect();
     goodput.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let peak = vec![(0.0, report.peak_goodput_per_s), (report.overload.rate, report.peak_goodput_per_s)];
+    // A rate that ran several times is one point, at the mean.
+    let mean = |runs: &[(f64, f64)]| (runs[0].0, runs.iter().map(|run| run.1).sum::<f64>() / runs.len() as f64);
+    let goodput: Vec<(f64, f64)> = goodput.chunk_by(|a, b| a.0 == b.0).map(mean).collect();
+    let last = goodput.last().map_or(1.0, |(rate, _)| *rate);
+    let peak = vec![(0.0, report.peak_goodput_per_s), (last, report.peak_goodput_per_s)];
     let lines = vec![("goodput", goodput), ("peak", peak)];
     draw(file, 1, |areas| {
         let labels = Labels { title: "Goodput", x: "conversations begun per second", y: "answers per second" };

@@ -49,6 +49,12 @@ pub struct WorkloadConfig {
     /// Edges of pictures, in pixels
     #[arg(long, default_value_t = Range { least: 64, most: 512 }, value_name = "FROM..TO")]
     pub picture_edge: Range,
+    /// Scale each edge up to at least N pixels [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    pub shortest_edge: Option<u32>,
+    /// Scale the longer edge down to at most N pixels [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    pub longest_edge: Option<u32>,
     /// Share of pictures that are one of four that come again and again
     #[arg(long, default_value_t = 0.25, value_name = "SHARE")]
     pub repeated_pictures: f64,
@@ -60,7 +66,7 @@ pub struct WorkloadConfig {
 pub enum Kind {
     /// One turn without a picture.
     Text,
-    /// One turn about one picture.
+    /// One turn about one picture, cut as the checkpoint says.
     Image,
     /// One turn about one picture in five sub-images.
     SplitImage,
@@ -150,7 +156,11 @@ impl WorkloadConfig {
         content.push(text(self.question(&mut rng)));
         let first = ChatRequest {
             messages: vec![Message { role: Role::User.into(), content }],
-            image_options: (kind == Kind::SplitImage).then(|| ImageOptions { split: Some(true), ..Default::default() }),
+            image_options: Some(ImageOptions {
+                split: (kind == Kind::SplitImage).then_some(true),
+                longest_edge: self.longest_edge,
+                shortest_edge: self.shortest_edge,
+            }),
             sampling: Some(greedy(self.output_tokens.draw(&mut rng))),
             cache_salt: if variant == 0 { Bytes::new() } else { variant.to_le_bytes().to_vec().into() },
             ..Default::default()
