@@ -30,6 +30,8 @@ struct Labels<'a> {
     title: &'a str,
     x: &'a str,
     y: &'a str,
+    /// A corner that the lines leave free.
+    legend: SeriesLabelPosition,
 }
 
 /// Throughput and time to first token over concurrency.
@@ -44,10 +46,11 @@ pub(crate) fn sweep(report: &SweepReport, file: &Path) -> Result<()> {
     let throughput = vec![("answers per second", points(&|run| Some(run.total.requests_per_s)))];
     let latency = vec![("p50", ttft(|q| q.p50)), ("p99", ttft(|q| q.p99))];
     draw(file, 2, |areas| {
-        let labels = Labels { title: "Throughput", x: "concurrent clients", y: "answers per second" };
+        let labels =
+            Labels { title: "Throughput", x: "concurrent clients", y: "answers per second", legend: SeriesLabelPosition::LowerRight };
         let (xs, ys) = (span(&throughput, 0), span(&throughput, 1));
         chart(&areas[0], &labels, &throughput, xs.log_scale().base(2.0), 0.0..ys.end)?;
-        let labels = Labels { title: "Time to first token", x: "concurrent clients", y: "ms" };
+        let labels = Labels { title: "Time to first token", x: "concurrent clients", y: "ms", legend: SeriesLabelPosition::UpperLeft };
         let (xs, ys) = (span(&latency, 0), span(&latency, 1));
         chart(&areas[1], &labels, &latency, xs.log_scale().base(2.0), ys.log_scale())
     })
@@ -67,7 +70,12 @@ pub(crate) fn overload(report: &OverloadReport, file: &Path) -> Result<()> {
     let peak = vec![(0.0, report.peak_goodput_per_s), (last, report.peak_goodput_per_s)];
     let lines = vec![("goodput", goodput), ("peak", peak)];
     draw(file, 1, |areas| {
-        let labels = Labels { title: "Goodput", x: "conversations begun per second", y: "answers per second" };
+        let labels = Labels {
+            title: "Goodput",
+            x: "conversations begun per second",
+            y: "answers per second",
+            legend: SeriesLabelPosition::LowerRight,
+        };
         chart(&areas[0], &labels, &lines, 0.0..span(&lines, 0).end, 0.0..span(&lines, 1).end)
     })
 }
@@ -102,14 +110,14 @@ where
         .build_cartesian_2d(xs, ys)
         .map_err(failed)?;
     let mesh = &mut chart.configure_mesh();
-    mesh.x_desc(labels.x).y_desc(labels.y).axis_desc_style((FONT, FONT_PIXELS)).label_style((FONT, FONT_PIXELS - 2));
+    mesh.max_light_lines(1).x_desc(labels.x).y_desc(labels.y).axis_desc_style((FONT, FONT_PIXELS)).label_style((FONT, FONT_PIXELS - 2));
     mesh.x_label_formatter(&number).y_label_formatter(&number).draw().map_err(failed)?;
     for ((name, points), color) in lines.iter().zip(COLORS) {
         let drawn = chart.draw_series(LineSeries::new(points.clone(), color.stroke_width(2)).point_size(3)).map_err(failed)?;
         drawn.label(*name).legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
     }
     let series = &mut chart.configure_series_labels();
-    series.position(SeriesLabelPosition::UpperLeft).background_style(WHITE).label_font((FONT, FONT_PIXELS - 2)).draw().map_err(failed)
+    series.position(labels.legend.clone()).background_style(WHITE).label_font((FONT, FONT_PIXELS - 2)).draw().map_err(failed)
 }
 
 /// From the least to the most of a coordinate, with slack, never empty.
