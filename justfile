@@ -21,3 +21,7 @@ deny:
 # Ask the demo checkpoint: just ask tests/golden/demo/pictures/03.png "Read the sign."
 ask IMAGE QUESTION:
     cargo run --release -- ask --image {{IMAGE}} "{{QUESTION}}"
+
+# Put load on a deployment: just load sweep --bin target/release/idefics
+load *ARGS:
+    cargo run --release -p idefics-load -- {{ARGS}}
