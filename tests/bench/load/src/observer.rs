@@ -88,12 +88,13 @@ impl Observer {
         Self { metrics, deployment: Some(deployment) }
     }
 
-    /// Looks now and every quarter of a second until [`Watch::finish`].
+    /// Looks once nothing runs, or after ten seconds if others keep the servers busy, and then every quarter of a second until
+    /// [`Watch::finish`].
     ///
     /// # Errors
     /// If a role shows no metrics.
     pub async fn watch(&self) -> Result<Watch> {
-        let before = self.look().await?;
+        let before = self.look_when_quiet(&Look::new()).await?;
         let (stop, mut stopped) = oneshot::channel();
         let observer = self.clone();
         let looks = tokio::spawn(async move {
@@ -105,6 +106,19 @@ impl Observer {
             looks
         });
         Ok(Watch { observer: self.clone(), before, stop, looks })
+    }
+
+    /// Looks until nothing runs beyond what ran at `baseline`: a role shows that it has given back what an answer held shortly
+    /// after the answer's end.
+    async fn look_when_quiet(&self, baseline: &Look) -> Result<Look> {
+        let asked_at = Instant::now();
+        loop {
+            let look = self.look().await?;
+            if is_quiet(baseline, &look) || asked_at.elapsed() >= QUIET_TIMEOUT {
+                return Ok(look);
+            }
+            tokio::time::sleep(INTERVAL).await;
+        }
     }
 
     async fn look(&self) -> Result<Look> {
@@ -129,10 +143,7 @@ impl Watch {
         // Fails only if the task has ended, which the next line says.
         self.stop.send(()).ok();
         let mut looks = self.looks.await?;
-        let asked_at = Instant::now();
-        while !is_quiet(&self.before, &self.observer.look().await?) && asked_at.elapsed() < QUIET_TIMEOUT {
-            tokio::time::sleep(INTERVAL).await;
-        }
+        self.observer.look_when_quiet(&self.before).await?;
         tokio::time::sleep(settle).await;
         let after = self.observer.look().await?;
         looks.extend([self.before.clone(), after.clone()]);
@@ -185,6 +196,10 @@ fn report(before: &Look, looks: &[Look], after: &Look) -> RoleReports {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
 
     fn look(blocks: f64, requests: f64, rss_bytes: u64) -> Look {
         let samples = Samples {
@@ -205,6 +220,24 @@ mod tests {
         assert_eq!(decoder.rss_bytes, Some(Course { before: 100.0, peak: 400.0, after: 300.0 }));
         assert_eq!(decoder.cpu_s, Some(2.5));
         assert!(!is_quiet(&before, &after) && is_quiet(&before, &look(0.0, 9.0, 0)));
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_answer_still_holds_is_not_the_baseline() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let role = tokio::spawn(async move {
+            for blocks in [11, 11].into_iter().chain(std::iter::repeat(0)) {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                assert!(stream.read(&mut [0; 256]).await.unwrap() > 0);
+                let body = format!("# TYPE {BLOCKS_USED} gauge\n{BLOCKS_USED} {blocks}\n");
+                stream.write_all(format!("HTTP/1.0 200 OK\r\n\r\n{body}").as_bytes()).await.unwrap();
+            }
+        });
+        let observer = Observer { metrics: vec![("decoder".into(), address)], deployment: None };
+        let reports = observer.watch().await.unwrap().finish(Duration::ZERO).await.unwrap();
+        assert_eq!(leaked_blocks(&reports), Some(0.0));
+        role.abort();
     }
 
     #[test]
