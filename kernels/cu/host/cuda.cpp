@@ -1,0 +1,11 @@
+// libcuda.so.1 of the emulation: every kernel and the driver that launches them, in one library.
+#include "../attention_varlen.cu"
+#include "../elementwise.cu"
+#include "../gemv.cu"
+#include "../norm.cu"
+#include "../paged_decode.cu"
+#include "../paged_prefill.cu"
+#include "../rope.cu"
+#include "../sample.cu"
+
+#include "driver.cpp"

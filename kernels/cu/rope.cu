@@ -1,0 +1,40 @@
+// Rotary position embedding of q and k, and the step's keys and values into the paged cache. One pass over qkv.
+#include "common.cuh"
+
+// qkv [tokens, q_size + 2 kv_size]: heads of `head_dim`; element j of a head pairs with j + head_dim / 2 (the layout of Hugging
+// Face; Su et al. 2021). q is rotated in place, k on its way into k_cache, v is copied. slots[token] is a row of the caches
+// [num_slots, kv_size]; one outside of them stores nothing.
+//
+// A block per token; a thread takes pairs. Moves 2 * (q_size + 2 * kv_size) * 2 bytes a token.
+extern "C" __global__ void __launch_bounds__(256)
+    rope_and_store_kv(bf16* __restrict__ qkv, const int* __restrict__ positions, const int* __restrict__ slots,
+                      const float* __restrict__ inv_freq, bf16* __restrict__ k_cache, bf16* __restrict__ v_cache, int num_heads,
+                      int num_kv_heads, int head_dim, int num_slots) {
+  const int half = head_dim / 2;
+  const size_t q_size = (size_t)num_heads * head_dim, kv_size = (size_t)num_kv_heads * head_dim;
+  bf16* row = qkv + blockIdx.x * (q_size + 2 * kv_size);
+  const float position = (float)positions[blockIdx.x];
+  const int slot = slots[blockIdx.x];
+  const bool store = slot >= 0 && slot < num_slots;
+  for (int i = threadIdx.x; i < (num_heads + num_kv_heads) * half; i += blockDim.x) {
+    const int head = i / half, j = i % half;
+    bf16* x = row + (size_t)head * head_dim + j;
+    const float angle = position * inv_freq[j];
+    float sine, cosine;
+    sincosf(angle, &sine, &cosine);
+    const float a = to_float(x[0]), b = to_float(x[half]);
+    const bf16 first = to_bf16(a * cosine - b * sine), second = to_bf16(b * cosine + a * sine);
+    if (head < num_heads) {
+      x[0] = first;
+      x[half] = second;
+    } else if (store) {
+      bf16* k = k_cache + (size_t)slot * kv_size + (size_t)(head - num_heads) * head_dim + j;
+      k[0] = first;
+      k[half] = second;
+    }
+  }
+  if (!store) return;
+  const bf16* v = row + q_size + kv_size;
+  for (size_t i = threadIdx.x; i < kv_size; i += blockDim.x) v_cache[(size_t)slot * kv_size + i] = v[i];
+}
+CU_EXPORT(rope_and_store_kv)

@@ -1,0 +1,176 @@
+// Chooses a token from each row of logits, so that only its id leaves the card: temperature, top-k, top-p, and a draw.
+//
+// A block per row. Logits are read some ten times, the first time from memory and then from the second-level cache: 4 * vocab bytes
+// move a row. Nothing is sorted: the k-th largest logit and the border of top-p are found digit by digit (radix selection), and
+// probabilities are summed as integers, so that neither the order of threads nor that of additions changes what is drawn.
+#include "common.cuh"
+
+using u64 = unsigned long long;
+
+constexpr int THREADS = 512, WARPS = THREADS / 32, DIGITS = 256;
+
+// Shared memory of a block.
+struct Shared {
+  u64 bins[DIGITS];    // what falls into each digit
+  u64 partial[WARPS];  // a value for each warp
+  u64 found[2];        // what one thread tells all
+};
+
+// A number that is larger for a larger float.
+__device__ __forceinline__ u32 order_of(float x) {
+  const u32 bits = (u32)__float_as_int(x);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// What a row is drawn from.
+struct Row {
+  const float* logits;
+  const u32* banned;  // a bit for each id
+  int vocab;
+
+  // Whether `id` may be drawn at all: its logit is finite and it is not banned.
+  __device__ __forceinline__ bool allows(int id, float logit) const {
+    return logit - logit == 0.f && !(banned[id >> 5] >> (id & 31) & 1);
+  }
+};
+
+// Sum over the block, in every thread. Integers, so that the order does not matter.
+__device__ __forceinline__ u64 block_total(u64 v, Shared& shared) {
+  CU_UNROLL
+  for (int offset = 16; offset; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) shared.partial[threadIdx.x >> 5] = v;
+  __syncthreads();
+  u64 total = 0;
+  CU_UNROLL
+  for (int i = 0; i < WARPS; i++) total += shared.partial[i];
+  return total;
+}
+
+__device__ __forceinline__ u64 block_max(u64 v, Shared& shared) {
+  CU_UNROLL
+  for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) shared.partial[threadIdx.x >> 5] = v;
+  __syncthreads();
+  u64 most = 0;
+  CU_UNROLL
+  for (int i = 0; i < WARPS; i++) most = max(most, shared.partial[i]);
+  return most;
+}
+
+// The largest key such that the weights of all keys from it upwards reach `wanted`; 0 if they never do. visit(f) calls f(key,
+// weight) for this thread's share of the candidates.
+template <typename Visit>
+__device__ __forceinline__ u32 select(u64 wanted, Shared& shared, Visit visit) {
+  u32 prefix = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < DIGITS; i += THREADS) shared.bins[i] = 0;
+    __syncthreads();
+    visit([&](u32 key, u64 weight) {
+      // Only keys that share the digits found so far; a shift by 32 is not defined.
+      if (shift == 24 || key >> (shift + 8) == prefix >> (shift + 8)) atomicAdd(&shared.bins[key >> shift & 255], weight);
+    });
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      u64 above = 0;
+      int digit = DIGITS - 1;
+      while (digit > 0 && above + shared.bins[digit] < wanted) above += shared.bins[digit--];
+      shared.found[0] = (u64)digit;
+      shared.found[1] = above;
+    }
+    __syncthreads();
+    prefix |= (u32)shared.found[0] << shift;
+    wanted -= min(wanted, shared.found[1]);
+  }
+  return prefix;
+}
+
+// out[row] is an id, or -1 if no logit of the row can be drawn. logits [rows, vocab]. temperature[row] of 0 takes the largest
+// logit, the first of equals. top_k[row] of 0 keeps all, and equals of the k-th stay (TopKLogitsWarper of transformers). top_p[row]
+// keeps the most likely tokens that reach this share of what top-k left, and equals of the last of them (TopPLogitsWarper).
+// random[row] holds 64 uniform bits, the lower half first: the place in the distribution, by id, that is drawn.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sample(const float* __restrict__ logits, const float* __restrict__ temperature, const int* __restrict__ top_k,
+           const float* __restrict__ top_p, const u32* __restrict__ random, const u32* __restrict__ banned, int* __restrict__ out,
+           int vocab) {
+  CU_SHARED(Shared, all);
+  Shared& shared = *all;
+  const Row row{logits + (size_t)blockIdx.x * vocab, banned, vocab};
+  const float heat = temperature[blockIdx.x];
+
+  // The largest logit, and of equals the lowest id.
+  u64 best = 0;
+  for (int id = threadIdx.x; id < vocab; id += THREADS) {
+    const float logit = row.logits[id];
+    if (row.allows(id, logit)) best = max(best, (u64)order_of(logit) << 32 | (0xffffffffu - (u32)id));
+  }
+  best = block_max(best, shared);
+  const int argmax = (int)(0xffffffffu - (u32)best);
+  if (best == 0 || !(heat > 0.f)) {
+    if (threadIdx.x == 0) out[blockIdx.x] = best == 0 ? -1 : argmax;
+    return;
+  }
+  const float top = row.logits[argmax];
+  u32 lowest = 0;  // candidates have keys from here upwards
+
+  // A weight is a probability relative to the most likely token's, in units of 2^-40: the sum of 2^24 of them fits.
+  auto weight = [&](float logit) { return (u64)(expf((logit - top) / heat) * 1099511627776.f); };
+  auto candidates = [&](auto f) {
+    for (int id = threadIdx.x; id < vocab; id += THREADS) {
+      const float logit = row.logits[id];
+      const u32 key = order_of(logit);
+      if (key >= lowest && row.allows(id, logit)) f(key, logit);
+    }
+  };
+
+  const int k = top_k[blockIdx.x];
+  if (k > 0 && k < vocab) {
+    lowest = select((u64)k, shared, [&](auto f) { candidates([&](u32 key, float) { f(key, (u64)1); }); });
+  }
+  u64 mine = 0;
+  candidates([&](u32, float logit) { mine += weight(logit); });
+  u64 total = block_total(mine, shared);
+  const float p = top_p[blockIdx.x];
+  if (p < 1.f) {
+    const u64 wanted = max((u64)((double)total * (double)p), (u64)1);
+    lowest = max(lowest, select(wanted, shared, [&](auto f) { candidates([&](u32 key, float logit) { f(key, weight(logit)); }); }));
+    mine = 0;
+    candidates([&](u32, float logit) { mine += weight(logit); });
+    total = block_total(mine, shared);
+  }
+
+  // Each thread has a stretch of ids; the one in whose stretch the place lies walks it.
+  const u64 bits = (u64)random[2 * blockIdx.x] | (u64)random[2 * blockIdx.x + 1] << 32;
+  const u64 place = __umul64hi(total, bits);
+  const int stretch = (vocab + THREADS - 1) / THREADS, first = min((int)threadIdx.x * stretch, vocab),
+            end = min(first + stretch, vocab);
+  auto weight_of = [&](int id) {
+    const float logit = row.logits[id];
+    return order_of(logit) >= lowest && row.allows(id, logit) ? weight(logit) : (u64)0;
+  };
+  u64 own = 0;
+  for (int id = first; id < end; id++) own += weight_of(id);
+  u64 upto = own;  // inclusive sum over the warp, then over the warps before it
+  CU_UNROLL
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const u64 before = __shfl_up_sync(0xffffffffu, upto, offset);
+    if ((int)(threadIdx.x & 31) >= offset) upto += before;
+  }
+  __syncthreads();
+  if ((threadIdx.x & 31) == 31) shared.partial[threadIdx.x >> 5] = upto;
+  __syncthreads();
+  for (int i = 0; i < (int)(threadIdx.x >> 5); i++) upto += shared.partial[i];
+  u64 before = upto - own;
+  // `place` is below `total`, so that exactly one thread has it.
+  if (place < before || place >= upto) return;
+  for (int id = first; id < end; id++) {
+    before += weight_of(id);
+    if (place < before) {
+      out[blockIdx.x] = id;
+      return;
+    }
+  }
+}
+CU_EXPORT(sample)
