@@ -1,9 +1,9 @@
 //! The [`Backend`] trait: the ops from which every model is made, and the contract that they keep.
 
-use crate::{Columns, DType, Element, Matrix, Result, Tensor, weights::WeightView};
+use crate::{Columns, DType, Element, Error, Matrix, Result, Tensor, weights::WeightView};
 
 /// What [`Backend::linear`] does with a product before it stores it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Epilogue {
     /// `out = x W^T + bias`
     Store,
@@ -91,13 +91,28 @@ pub struct PagedAttention<'a, B: Backend> {
     pub shape: AttentionShape,
 }
 
+/// How [`Backend::sample`] chooses, a row of each for a row of logits.
+pub struct Draws<'a, B: Backend> {
+    /// `[n, 1]` f32; 0 takes the most likely token, the first of equals.
+    pub temperature: &'a Tensor<B>,
+    /// `[n, 1]` i32: how many of the most likely tokens stay; 0 keeps all. Equals of the last one stay.
+    pub top_k: &'a Tensor<B>,
+    /// `[n, 1]` f32: the most likely tokens that reach this share of what top-k left stay; 1 keeps all.
+    pub top_p: &'a Tensor<B>,
+    /// `[n, 2]` i32: 64 uniform bits, the lower half first.
+    pub random: &'a Tensor<B>,
+    /// `[1, ceil(vocab / 32)]` i32: a bit for each id that is never chosen.
+    pub banned: &'a Tensor<B>,
+}
+
 /// Names a sequence of ops with fixed shapes that a backend may record once and replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GraphKey {
     /// Which sequence of ops: unique per model and phase.
     pub name: &'static str,
-    /// Its size bucket: sequences of a decode step, patches of a vision pass.
-    pub bucket: usize,
+    /// All sizes that its launches depend on: sequences of a decode step; patches, sub-images and the largest sub-image of a vision
+    /// pass.
+    pub sizes: [usize; 3],
 }
 
 /// A device and its fused ops.
@@ -116,8 +131,23 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A weight, in the device's representation.
     type WeightStorage: Send + Sync;
 
+    /// Whether [`sample`](Self::sample) is there. It is not where logits are in the host's memory anyway.
+    const SAMPLES: bool = false;
+
     /// `cpu`, or the name of the card.
     fn device_name(&self) -> String;
+
+    /// Memory of the device's own that nobody has taken, in bytes; `None` if it computes in the host's.
+    ///
+    /// # Errors
+    /// If the device does not say.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
+    /// Tokens that make a forward pass long enough for the device to be busy, and short enough that a decoding sequence does not
+    /// wait for it noticeably.
+    fn step_tokens(&self) -> usize;
 
     /// Element type of activations and of the KV cache.
     fn activation_dtype(&self) -> DType;
@@ -148,7 +178,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn download<T: Element>(&self, src: &Tensor<Self>, dst: &mut [T]) -> Result<()>;
 
     /// Runs `f`. A backend with graphs records its ops at the first sight of `key` and replays them after, so `f` must do
-    /// the same ops on the same tensors whenever `key` is the same.
+    /// the same ops on the same windows of the same tensors whenever `key` is the same, and nothing that later code relies on.
     ///
     /// # Errors
     /// Those of `f`.
@@ -213,6 +243,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Bidirectional attention over packed sequences. `out` `[sum of query lengths, q_size]`. Scores are never stored.
     fn attention_varlen(&self, attention: &VarlenAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// Chooses a token from each row of `logits` `[n, vocab]` f32 on the device: `out` `[n, 1]` i32, -1 where no logit is finite
+    /// and allowed. A draw is at the place `total * random / 2^64` of the kept tokens' probabilities, added up by id.
+    ///
+    /// # Errors
+    /// As of every op; always of a backend that does not [sample](Self::SAMPLES).
+    fn sample(&self, logits: &Tensor<Self>, draws: &Draws<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {
+        let _ = (logits, draws, out);
+        Err(Error::shape("sample", "expected a backend that samples; take the logits to the host"))
+    }
 
     /// `silu(x[:, ..n]) * x[:, n..]`, with `x` `[tokens, 2 n]` and `out` `[tokens, n]`; Shazeer 2020 (SwiGLU).
     fn silu_and_mul(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;

@@ -3,7 +3,7 @@
 //! They read shapes and types only. What is in index tensors lies on the device: a backend that can read it there without
 //! cost checks it too, and each must stay within its tensors whatever it is.
 
-use crate::{AttentionShape, Backend, Columns, DType, Error, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention};
+use crate::{AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention};
 
 /// Collects what an op expects; the first thing that does not hold is its error.
 struct Check(&'static str);
@@ -205,6 +205,19 @@ pub fn attention_varlen<B: Backend>(backend: &B, attention: &VarlenAttention<'_,
     check.holds(ends > 0, || "expected cu_seqlens_q to begin with 0, found nothing".into())?;
     check.indices("cu_seqlens_q", attention.cu_seqlens_q, ends)?;
     check.indices("cu_seqlens_k", attention.cu_seqlens_k, ends)
+}
+
+/// [`Backend::sample`]
+pub fn sample<B: Backend>(logits: &Tensor<B>, draws: &Draws<'_, B>, out: &Tensor<B>) -> Result<()> {
+    let check = Check("sample");
+    let rows = logits.rows();
+    check.dtype("logits", logits.dtype(), &[DType::F32])?;
+    check.tensor("temperature", draws.temperature, rows, 1, &[DType::F32])?;
+    check.indices("top_k", draws.top_k, rows)?;
+    check.tensor("top_p", draws.top_p, rows, 1, &[DType::F32])?;
+    check.tensor("random", draws.random, rows, 2, &[DType::I32])?;
+    check.tensor("banned", draws.banned, 1, logits.cols().div_ceil(32), &[DType::I32])?;
+    check.indices("out", out, rows)
 }
 
 /// [`Backend::silu_and_mul`]

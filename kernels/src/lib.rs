@@ -6,12 +6,13 @@
 mod backend;
 pub mod check;
 pub mod cpu;
+pub mod cuda;
 mod error;
 mod loader;
 mod tensor;
 pub mod weights;
 
-pub use backend::{AttentionShape, Backend, Epilogue, GraphKey, KvCache, PagedAttention, VarlenAttention};
+pub use backend::{AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, VarlenAttention};
 pub use error::{Error, Result};
 pub use loader::WeightLoader;
 pub use tensor::{Columns, DType, Element, Matrix, Tensor};

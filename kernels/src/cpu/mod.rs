@@ -92,6 +92,10 @@ impl Backend for Cpu {
         "cpu".into()
     }
 
+    fn step_tokens(&self) -> usize {
+        512
+    }
+
     fn activation_dtype(&self) -> DType {
         DType::F32
     }

@@ -1,4 +1,4 @@
-//! What the tests of the CPU backend share: seeded numbers, weights as safetensors bytes, and every way to compute.
+//! What the tests of the backends share: seeded numbers, weights as safetensors bytes, and every way to compute on the CPU.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use half::{bf16, f16};
@@ -99,8 +99,8 @@ pub(crate) struct Stored {
 }
 
 impl Stored {
-    pub(crate) fn load(&self, cpu: &Cpu) -> Matrix<Cpu> {
-        cpu.load_weight(&self.views).unwrap()
+    pub(crate) fn load<B: Backend>(&self, backend: &B) -> Matrix<B> {
+        backend.load_weight(&self.views).unwrap()
     }
 }
 

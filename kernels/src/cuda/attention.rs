@@ -1,0 +1,194 @@
+//! Attention: which kernel, how many blocks, and the memory in which the parts of a split sequence meet.
+
+use super::{
+    Cuda,
+    driver::{DeviceBuffer, DevicePtr, Stream},
+    module::Launch,
+    pointer,
+};
+use crate::{AttentionShape, Columns, Error, KvCache, PagedAttention, Result, Tensor, VarlenAttention, check};
+use std::sync::Arc;
+
+/// Threads of a block of every attention kernel.
+const THREADS: usize = 128;
+/// Entries of a tile (a query row of one head), `flash::ROWS` in `flash.cuh`.
+const TILE: usize = 128;
+/// Entries of a tile in `paged_decode.cu`.
+const DECODE_TILE: usize = 16;
+/// Most splits of a tile in `paged_decode.cu`.
+const MAX_DECODE_SPLITS: usize = 32;
+/// Most splits of a tile of `flash.cuh`: its last block reads what all the others wrote.
+const MAX_SPLITS: usize = 8;
+/// Keys below which a tile is not split: `flash::MIN_TILES` tiles of keys.
+const MIN_SPLIT_KEYS: usize = 256;
+/// Sequences with more rows than this in a step are `paged_prefill`'s. A draft of 7 tokens fits; with many more the keys would
+/// be read once for each 16 entries.
+const MAX_DECODE_ROWS: usize = 8;
+/// Twice the blocks of `paged_decode` that a multiprocessor holds at once.
+const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 4;
+
+/// Largest head size that has kernels.
+const MAX_HEAD_DIM: usize = 128;
+
+/// The kernels of a head size.
+struct Kernels {
+    varlen: &'static str,
+    prefill: &'static str,
+    decode: &'static str,
+}
+
+fn kernels(op: &'static str, head_dim: usize) -> Result<Kernels> {
+    let [varlen, prefill, decode] = match head_dim {
+        64 => ["attention_varlen_64", "paged_prefill_64", "paged_decode_64"],
+        72 => ["attention_varlen_72", "paged_prefill_72", "paged_decode_72"],
+        80 => ["attention_varlen_80", "paged_prefill_80", "paged_decode_80"],
+        96 => ["attention_varlen_96", "paged_prefill_96", "paged_decode_96"],
+        128 => ["attention_varlen_128", "paged_prefill_128", "paged_decode_128"],
+        _ => return Err(Error::shape(op, format!("expected a head_dim of 64, 72, 80, 96 or 128, found {head_dim}; use the CPU"))),
+    };
+    Ok(Kernels { varlen, prefill, decode })
+}
+
+/// Shared memory of a block with tiles of `flash.cuh`: `flash::Tile`, then what `flash::Head` says.
+fn tile_bytes(head_dim: usize) -> usize {
+    let pitch = ((head_dim / 8) | 1) * 16;
+    32 + if head_dim <= 96 { 4 * 64 * pitch } else { (4 * 48 + TILE) * pitch }
+}
+
+/// What `paged_prefill` has in shared memory besides: the keys that each entry sees, and the rows of two tiles of 64 keys.
+const PREFILL_BYTES: usize = TILE * 8 + 2 * 64 * 4;
+
+/// Blocks with tiles of `flash.cuh` that a multiprocessor holds at once: `flash::Head` says the same.
+const fn blocks_per_multiprocessor(head_dim: usize) -> usize {
+    if head_dim <= 72 { 3 } else { 2 }
+}
+
+/// Elements (f32) of what a split of `paged_decode` hands on: results, bases and sums.
+const fn decode_partial_len(head_dim: usize) -> usize {
+    DECODE_TILE * (head_dim + 2)
+}
+
+/// The same of a tile of `flash.cuh`, where each thread hands on what it has.
+const fn partial_len(head_dim: usize) -> usize {
+    THREADS * (head_dim + 8)
+}
+
+/// Shared memory of a block of `paged_decode`: what each of four warps has, then the weights with which they are put together.
+fn decode_bytes(head_dim: usize) -> usize {
+    4 * (4 * decode_partial_len(head_dim) + (MAX_DECODE_SPLITS + 2) * DECODE_TILE)
+}
+
+/// Where the splits of a tile meet. Ops of one stream follow each other, so all share it.
+pub(super) struct Scratch {
+    partials: DeviceBuffer,
+    /// How many splits of a tile are done, zero between ops.
+    arrived: DeviceBuffer,
+    multiprocessors: usize,
+}
+
+impl Scratch {
+    pub(super) fn new(stream: &Arc<Stream>) -> Result<Self> {
+        const LEN: usize = blocks_per_multiprocessor(MAX_HEAD_DIM) * partial_len(MAX_HEAD_DIM);
+        const { assert!(LEN >= blocks_per_multiprocessor(72) * partial_len(72)) };
+        const { assert!(LEN >= DECODE_BLOCKS_PER_MULTIPROCESSOR * decode_partial_len(MAX_HEAD_DIM)) };
+        let multiprocessors = stream.device().multiprocessors;
+        let partials = DeviceBuffer::uninit(stream, multiprocessors * LEN * 4)?;
+        let arrived = DeviceBuffer::zeroed(stream, multiprocessors * DECODE_BLOCKS_PER_MULTIPROCESSOR * 4)?;
+        Ok(Self { partials, arrived, multiprocessors })
+    }
+
+    /// How many blocks share the keys of a tile of `flash.cuh`, so that few tiles over long contexts fill the card: as many as fit
+    /// at once. `keys` is the longest context that may be.
+    fn splits(&self, head_dim: usize, tiles: usize, keys: usize) -> usize {
+        (self.multiprocessors * blocks_per_multiprocessor(head_dim) / tiles.max(1)).min(keys / MIN_SPLIT_KEYS).clamp(1, MAX_SPLITS)
+    }
+
+    /// The same for `paged_decode`: twice as many as fit at once, so that what is left at the end is short. Contexts are not known
+    /// here; each block finds its share.
+    fn decode_splits(&self, tiles: usize) -> usize {
+        (self.multiprocessors * DECODE_BLOCKS_PER_MULTIPROCESSOR / tiles.max(1)).clamp(1, MAX_DECODE_SPLITS)
+    }
+}
+
+/// Where the first element of the columns lies, and the elements from row to row.
+fn columns(name: &str, columns: Columns<'_, Cuda>) -> Result<(DevicePtr, usize)> {
+    let (offset, stride) = (columns.offset, columns.tensor.cols());
+    if !offset.is_multiple_of(8) || !stride.is_multiple_of(8) {
+        let what = format!("expected columns and offset of {name} in multiples of 8 (16 bytes), found {stride} and {offset}");
+        return Err(Error::shape("attention_varlen", what));
+    }
+    Ok((pointer(columns.tensor) + 2 * offset as u64, stride))
+}
+
+/// The factor of scores for a softmax in base 2.
+fn scale(shape: AttentionShape) -> f32 {
+    shape.scale() * std::f32::consts::LOG2_E
+}
+
+/// [`Backend::attention_varlen`](crate::Backend::attention_varlen)
+pub(super) fn varlen(cuda: &Cuda, attention: &VarlenAttention<'_, Cuda>, out: &mut Tensor<Cuda>) -> Result<()> {
+    check::attention_varlen(cuda, attention, out)?;
+    let AttentionShape { num_heads, num_kv_heads, head_dim } = attention.shape;
+    let kernels = kernels("attention_varlen", head_dim)?;
+    let ((q, q_stride), (k, k_stride), (v, v_stride)) =
+        (columns("q", attention.q)?, columns("k", attention.k)?, columns("v", attention.v)?);
+    let (rows_q, rows_k) = (out.rows(), attention.k.tensor.rows());
+    let (group, scratch) = (num_heads / num_kv_heads, &cuda.attention);
+    let tiles = (attention.max_seqlen_q.min(rows_q) * group).div_ceil(TILE).max(1);
+    let sequences = attention.cu_seqlens_q.rows() - 1;
+    let splits = scratch.splits(head_dim, tiles * num_kv_heads * sequences, attention.max_seqlen_k.min(rows_k));
+    let launch = cuda.launch(kernels.varlen)?.threads(THREADS).shared_bytes(tile_bytes(head_dim));
+    // The last z is for the rows of no sequence.
+    let launch = launch.grid([tiles * splits, num_kv_heads, sequences + 1]);
+    let launch = launch.pointer(q).pointer(k).pointer(v).pointer(pointer(out));
+    let launch = launch.pointer(pointer(attention.cu_seqlens_q)).pointer(pointer(attention.cu_seqlens_k));
+    let launch = launch.pointer(scratch.partials.pointer()).pointer(scratch.arrived.pointer()).int(splits);
+    let launch = launch.int(rows_q).int(rows_k).int(q_stride).int(k_stride).int(v_stride).int(group).float(scale(attention.shape));
+    // SAFETY: shapes were checked, and the kernel stays within the rows whatever `cu_seqlens` hold.
+    unsafe { launch.run() }
+}
+
+/// [`Backend::paged_attention`](crate::Backend::paged_attention). Sequences with few rows are `paged_decode`'s, those with many
+/// `paged_prefill`'s; each kernel passes over the other's.
+pub(super) fn paged(
+    cuda: &Cuda,
+    qkv: &Tensor<Cuda>,
+    kv: &KvCache<Cuda>,
+    step: &PagedAttention<'_, Cuda>,
+    out: &mut Tensor<Cuda>,
+) -> Result<()> {
+    check::paged_attention(cuda, qkv, kv, step, out)?;
+    let AttentionShape { num_heads, num_kv_heads, head_dim } = step.shape;
+    let kernels = kernels("paged_attention", head_dim)?;
+    let (group, rows, sequences) = (num_heads / num_kv_heads, step.max_seqlen_q.min(qkv.rows()), step.context_lens.rows());
+    let (window, scratch) = (step.sliding_window.unwrap_or(usize::MAX), &cuda.attention);
+    // What both kernels begin with.
+    let launch_of = |kernel, shared_bytes| -> Result<Launch<'_>> {
+        let launch = cuda.launch(kernel)?.threads(THREADS).shared_bytes(shared_bytes);
+        let launch = launch.pointer(pointer(qkv)).pointer(pointer(&kv.k)).pointer(pointer(&kv.v)).pointer(pointer(out));
+        let launch = launch.pointer(pointer(step.positions)).pointer(pointer(step.cu_seqlens_q));
+        let launch = launch.pointer(pointer(step.block_tables)).pointer(pointer(step.context_lens));
+        Ok(launch.pointer(scratch.partials.pointer()).pointer(scratch.arrived.pointer()))
+    };
+
+    let tiles = num_kv_heads * (rows.min(MAX_DECODE_ROWS) * group).div_ceil(DECODE_TILE).max(1);
+    let splits = scratch.decode_splits(sequences * tiles);
+    let launch = launch_of(kernels.decode, decode_bytes(head_dim))?;
+    let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
+    let launch = launch.int(num_kv_heads).int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
+    // SAFETY: shapes were checked, splits have room, and the kernel stays within its tensors whatever the indices are. The last z is
+    // for the rows of no sequence.
+    unsafe { launch.grid([splits, tiles, sequences + 1]).run() }?;
+    if rows <= MAX_DECODE_ROWS {
+        return Ok(());
+    }
+
+    let tiles = (rows * group).div_ceil(TILE);
+    let longest = window.saturating_add(rows).min(step.block_tables.cols() * kv.block_size);
+    let splits = scratch.splits(head_dim, tiles * num_kv_heads * sequences, longest);
+    let launch = launch_of(kernels.prefill, PREFILL_BYTES + tile_bytes(head_dim))?;
+    let launch = launch.int(splits).int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
+    let launch = launch.int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
+    // SAFETY: as above.
+    unsafe { launch.grid([tiles * splits, num_kv_heads, sequences]).run() }
+}

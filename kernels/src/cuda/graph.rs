@@ -1,0 +1,110 @@
+//! Sequences of launches, recorded once and replayed as one.
+
+use super::driver::{Stream, check};
+use crate::{GraphKey, Result};
+use cudarc::driver::{result, sys};
+use std::{collections::HashMap, sync::Arc};
+
+/// How far a sequence of ops has got.
+enum Recording {
+    /// It ran once, launch by launch: what is loaded or chosen at first use is there now, which a capture would not allow.
+    Warm,
+    Ready(Graph),
+}
+
+/// Most keys that are remembered: every batch size of decoding, and the pictures' sizes that come most often. A graph takes memory
+/// on the card.
+const MAX_RECORDINGS: usize = 256;
+
+struct Entry {
+    recording: Recording,
+    last_used: u64,
+}
+
+/// What [`Backend::graphed`](crate::Backend::graphed) has seen lately.
+pub(crate) struct Graphs {
+    stream: Arc<Stream>,
+    entries: HashMap<GraphKey, Entry>,
+    clock: u64,
+}
+
+struct Graph(sys::CUgraphExec);
+
+// SAFETY: a handle that the driver locks itself.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: instantiated once, destroyed once.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
+impl Graphs {
+    pub(crate) fn new(stream: &Arc<Stream>) -> Self {
+        Self { stream: Arc::clone(stream), entries: HashMap::new(), clock: 0 }
+    }
+
+    /// Runs `f` at the first sight of `key`, records and launches it at the second, and replays it from the third on.
+    pub(crate) fn run(&mut self, key: GraphKey, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let recording = match self.entries.get(&key).map(|entry| &entry.recording) {
+            None => {
+                f()?;
+                Some(Recording::Warm)
+            }
+            Some(Recording::Warm) => {
+                let graph = self.record(f)?;
+                self.launch(&graph)?;
+                Some(Recording::Ready(graph))
+            }
+            Some(Recording::Ready(graph)) => {
+                self.launch(graph)?;
+                None
+            }
+        };
+        self.note(key, recording);
+        Ok(())
+    }
+
+    /// Remembers that a key was used, and what there is for it now, if that is new. Who was not used for longest is forgotten.
+    fn note(&mut self, key: GraphKey, recording: Option<Recording>) {
+        self.clock += 1;
+        if let Some(entry) = self.entries.get_mut(&key) {
+            entry.last_used = self.clock;
+            if let Some(recording) = recording {
+                entry.recording = recording;
+            }
+        } else if let Some(recording) = recording {
+            if self.entries.len() == MAX_RECORDINGS
+                && let Some(oldest) = self.entries.iter().min_by_key(|(_, entry)| entry.last_used).map(|(key, _)| *key)
+            {
+                self.entries.remove(&oldest);
+            }
+            self.entries.insert(key, Entry { recording, last_used: self.clock });
+        }
+    }
+
+    fn launch(&self, graph: &Graph) -> Result<()> {
+        self.stream.device().bind()?;
+        // SAFETY: the graph is instantiated, and its nodes' memory lives as long as the model whose ops it recorded.
+        check("a graph cannot be launched", unsafe { result::graph::launch(graph.0, self.stream.handle()) })
+    }
+
+    fn record(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.stream.device().bind()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives; the capture is ended below whatever `f` does.
+        check("a capture cannot begin", unsafe { result::stream::begin_capture(self.stream.handle(), mode) })?;
+        let recorded = f();
+        // SAFETY: begun above.
+        let ended = unsafe { result::stream::end_capture(self.stream.handle()) };
+        recorded?;
+        let graph = check("a capture cannot end", ended)?;
+        // SAFETY: captured above; the instance does not need the template.
+        let (instance, destroyed) =
+            unsafe { (result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)), result::graph::destroy(graph)) };
+        let instance = Graph(check("a graph cannot be instantiated", instance)?);
+        check("a captured graph cannot be freed", destroyed)?;
+        Ok(instance)
+    }
+}

@@ -1,0 +1,229 @@
+//! The CUDA backend: bf16 weights and activations, sums in f32, one stream.
+//!
+//! Kernels are compiled by NVRTC when the backend is opened; the driver, NVRTC and cuBLASLt are loaded at run time, so that a binary
+//! with this backend runs where they are missing. What an op does on the card stands in `cu/*.cu`; the files here check shapes
+//! and launch.
+
+mod attention;
+mod blas;
+mod driver;
+mod elementwise;
+mod graph;
+mod linear;
+mod module;
+mod norm;
+pub mod nvrtc;
+mod rope;
+mod rows;
+mod sample;
+pub mod source;
+mod staging;
+mod weight;
+
+pub use driver::DeviceBuffer;
+
+use crate::{
+    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention,
+    check, weights::WeightView,
+};
+use driver::{Device, DevicePtr, Stream};
+use graph::Graphs;
+use module::{Launch, Modules};
+use nvrtc::CubinCache;
+use staging::Staging;
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// How a [`Cuda`] is opened.
+#[derive(Clone, Debug, Default)]
+pub struct CudaOptions {
+    /// Which card, as the driver counts them (`CUDA_VISIBLE_DEVICES` renumbers them).
+    pub ordinal: usize,
+    /// Where compiled kernels are kept; `None` means below the user's cache folder.
+    pub cache_folder: Option<PathBuf>,
+}
+
+/// One card as a [`Backend`]: a stream, its kernels, and the memory that ops need besides their tensors. Engines in one process
+/// open one each, so that neither waits for the other's work.
+pub struct Cuda {
+    stream: Arc<Stream>,
+    modules: Modules,
+    linear: linear::Linear,
+    attention: attention::Scratch,
+    staging: Mutex<Staging>,
+    graphs: Mutex<Graphs>,
+}
+
+impl Cuda {
+    /// Opens a card, compiles and loads the kernels. Blocks: seconds where they are not in the cache.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) that says what is missing: the driver, the card, a compute capability of 8.0, NVRTC,
+    /// cuBLASLt, memory.
+    pub fn open(options: &CudaOptions) -> Result<Self> {
+        let device = Device::open(options.ordinal)?;
+        let stream = Stream::new(device)?;
+        let modules = Modules::load(&stream, &CubinCache::new(options.cache_folder.clone()))?;
+        Ok(Self {
+            linear: linear::Linear::new(&stream)?,
+            attention: attention::Scratch::new(&stream)?,
+            staging: Mutex::new(Staging::new(&stream)?),
+            graphs: Mutex::new(Graphs::new(&stream)),
+            modules,
+            stream,
+        })
+    }
+
+    /// Free and total memory of the card, in bytes.
+    ///
+    /// # Errors
+    /// If the driver does not say.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.device().memory()
+    }
+
+    /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// If the card failed at it.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device().bind()?;
+        self.stream.synchronize()
+    }
+
+    fn device(&self) -> &Arc<Device> {
+        self.stream.device()
+    }
+
+    fn staging(&self) -> MutexGuard<'_, Staging> {
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn launch(&self, kernel: &'static str) -> Result<Launch<'_>> {
+        self.modules.launch(kernel)
+    }
+}
+
+/// Where the window of a tensor begins.
+fn pointer(tensor: &Tensor<Cuda>) -> DevicePtr {
+    tensor.storage.pointer() + (tensor.elements().start * tensor.dtype().size()) as u64
+}
+
+impl Backend for Cuda {
+    type Storage = DeviceBuffer;
+    type WeightStorage = DeviceBuffer;
+
+    const SAMPLES: bool = true;
+
+    fn device_name(&self) -> String {
+        self.device().name.clone()
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(Some(self.memory()?.0))
+    }
+
+    fn step_tokens(&self) -> usize {
+        4096
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::Bf16
+    }
+
+    fn alloc(&self, rows: usize, cols: usize, dtype: DType) -> Result<Tensor<Self>> {
+        Ok(Tensor::new(DeviceBuffer::zeroed(&self.stream, rows * cols * dtype.size())?, rows, cols, dtype))
+    }
+
+    fn load_weight(&self, parts: &[WeightView]) -> Result<Matrix<Self>> {
+        weight::load(self, parts)
+    }
+
+    fn upload<T: Element>(&self, src: &[T], dst: &mut Tensor<Self>) -> Result<()> {
+        check::copy("upload", dst, T::DTYPE, src.len())?;
+        self.device().bind()?;
+        let bytes: &[u8] = bytemuck::cast_slice(src);
+        self.staging().upload(pointer(dst), bytes.len(), |offset, piece| piece.copy_from_slice(&bytes[offset..offset + piece.len()]))
+    }
+
+    fn download<T: Element>(&self, src: &Tensor<Self>, dst: &mut [T]) -> Result<()> {
+        check::copy("download", src, T::DTYPE, dst.len())?;
+        self.device().bind()?;
+        self.staging().download(pointer(src), bytemuck::cast_slice_mut(dst))
+    }
+
+    fn graphed(&self, key: GraphKey, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner).run(key, f)
+    }
+
+    fn embed(&self, table: &Matrix<Self>, ids: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        rows::embed(self, table, ids, out)
+    }
+
+    fn gather_rows(&self, src: &Tensor<Self>, rows: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        rows::gather(self, src, rows, out)
+    }
+
+    fn scatter_rows(&self, src: &Tensor<Self>, rows: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        rows::scatter(self, src, rows, out)
+    }
+
+    fn normalize_patches(&self, pixels: &Tensor<Self>, table: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        elementwise::normalize_patches(self, pixels, table, out)
+    }
+
+    fn linear(
+        &self,
+        x: &Tensor<Self>,
+        weight: &Matrix<Self>,
+        bias: Option<&Matrix<Self>>,
+        epilogue: Epilogue,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        self.linear.run(self, x, weight, bias, epilogue, out)
+    }
+
+    fn rms_norm(&self, x: &Tensor<Self>, weight: &Matrix<Self>, eps: f32, out: &mut Tensor<Self>) -> Result<()> {
+        norm::rms_norm(self, x, weight, eps, out)
+    }
+
+    fn layer_norm(&self, x: &Tensor<Self>, weight: &Matrix<Self>, bias: &Matrix<Self>, eps: f32, out: &mut Tensor<Self>) -> Result<()> {
+        norm::layer_norm(self, x, weight, bias, eps, out)
+    }
+
+    fn rope_and_store_kv(
+        &self,
+        qkv: &mut Tensor<Self>,
+        positions: &Tensor<Self>,
+        slots: &Tensor<Self>,
+        inv_freq: &Tensor<Self>,
+        shape: AttentionShape,
+        kv: &mut KvCache<Self>,
+    ) -> Result<()> {
+        rope::rope_and_store_kv(self, qkv, positions, slots, inv_freq, shape, kv)
+    }
+
+    fn paged_attention(
+        &self,
+        qkv: &Tensor<Self>,
+        kv: &KvCache<Self>,
+        step: &PagedAttention<'_, Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        attention::paged(self, qkv, kv, step, out)
+    }
+
+    fn attention_varlen(&self, attention: &VarlenAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {
+        attention::varlen(self, attention, out)
+    }
+
+    fn sample(&self, logits: &Tensor<Self>, draws: &Draws<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {
+        sample::sample(self, logits, draws, out)
+    }
+
+    fn silu_and_mul(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        elementwise::silu_and_mul(self, x, out)
+    }
+}

@@ -1,0 +1,24 @@
+//! Rotary position embedding, and keys and values into the paged cache.
+
+use super::{Cuda, pointer};
+use crate::{AttentionShape, KvCache, Result, Tensor, check};
+
+/// [`Backend::rope_and_store_kv`](crate::Backend::rope_and_store_kv)
+pub(super) fn rope_and_store_kv(
+    cuda: &Cuda,
+    qkv: &mut Tensor<Cuda>,
+    positions: &Tensor<Cuda>,
+    slots: &Tensor<Cuda>,
+    inv_freq: &Tensor<Cuda>,
+    shape: AttentionShape,
+    kv: &mut KvCache<Cuda>,
+) -> Result<()> {
+    check::rope_and_store_kv(cuda, qkv, positions, slots, inv_freq, shape, kv)?;
+    let pairs = (shape.num_heads + shape.num_kv_heads) * shape.head_dim / 2;
+    let launch = cuda.launch("rope_and_store_kv")?.grid([qkv.rows(), 1, 1]).threads(pairs.next_multiple_of(32).min(256));
+    let launch = launch.pointer(pointer(qkv)).pointer(pointer(positions)).pointer(pointer(slots)).pointer(pointer(inv_freq));
+    let launch = launch.pointer(pointer(&kv.k)).pointer(pointer(&kv.v));
+    let launch = launch.int(shape.num_heads).int(shape.num_kv_heads).int(shape.head_dim).int(kv.k.rows());
+    // SAFETY: shapes were checked, and the kernel stays below the cache's rows whatever the slots are.
+    unsafe { launch.run() }
+}

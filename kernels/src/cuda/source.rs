@@ -1,0 +1,28 @@
+//! The kernels' sources, embedded in the binary.
+
+/// A file of kernels: one NVRTC program, one module on the card.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// File name.
+    pub name: &'static str,
+    /// CUDA C++.
+    pub text: &'static str,
+}
+
+/// What every source includes, by name.
+pub const HEADERS: &[Source] = &[
+    Source { name: "common.cuh", text: include_str!("../../cu/common.cuh") },
+    Source { name: "flash.cuh", text: include_str!("../../cu/flash.cuh") },
+];
+
+/// Every file of kernels.
+pub const SOURCES: &[Source] = &[
+    Source { name: "attention_varlen.cu", text: include_str!("../../cu/attention_varlen.cu") },
+    Source { name: "elementwise.cu", text: include_str!("../../cu/elementwise.cu") },
+    Source { name: "gemv.cu", text: include_str!("../../cu/gemv.cu") },
+    Source { name: "norm.cu", text: include_str!("../../cu/norm.cu") },
+    Source { name: "paged_decode.cu", text: include_str!("../../cu/paged_decode.cu") },
+    Source { name: "paged_prefill.cu", text: include_str!("../../cu/paged_prefill.cu") },
+    Source { name: "rope.cu", text: include_str!("../../cu/rope.cu") },
+    Source { name: "sample.cu", text: include_str!("../../cu/sample.cu") },
+];

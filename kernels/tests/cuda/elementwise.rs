@@ -1,0 +1,64 @@
+use crate::{
+    common::{Rng, assert_close},
+    support::*,
+};
+use idefics_kernels::{Backend, DType, GraphKey};
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn pixels_are_normalised_by_channel() {
+    let cuda = open();
+    for (patches, area) in [(1, 1), (3, 196), (57, 5), (20, 49)] {
+        let rng = &mut Rng(patches as u64);
+        let table: Vec<f32> = rng.units(3 * 256);
+        let pixels: Vec<u8> = (0..patches * 3 * area).map(|_| rng.below(256) as u8).collect();
+        let mut out = poisoned(&cuda, patches, 3 * area, DType::Bf16);
+        let (pixels_in, table_in) = (elements(&cuda, patches, 3 * area, &pixels), elements(&cuda, 3, 256, &table));
+        cuda.normalize_patches(&pixels_in, &table_in, &mut out).unwrap();
+        let at = |i: usize| round(table[i % (3 * area) / area * 256 + pixels[i] as usize]);
+        assert_eq!(read(&cuda, &out), (0..pixels.len()).map(at).collect::<Vec<f32>>(), "{patches} patches of {area}");
+        assert_untouched_around("normalize_patches", &cuda, &mut out);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn gate_and_up_are_multiplied() {
+    let cuda = open();
+    for (rows, n) in [(1, 1), (1, 8), (5, 24), (3, 29), (40, 512)] {
+        let x: Vec<f32> = units(&mut Rng(n as u64), rows * 2 * n).iter().map(|v| round(v * 20.0)).collect();
+        let mut out = poisoned(&cuda, rows, n, DType::Bf16);
+        cuda.silu_and_mul(&tensor(&cuda, rows, 2 * n, &x), &mut out).unwrap();
+        let expected: Vec<f64> = (0..rows * n)
+            .map(|i| {
+                let (gate, up) = (f64::from(x[i / n * 2 * n + i % n]), f64::from(x[i / n * 2 * n + n + i % n]));
+                gate / (1.0 + (-gate).exp()) * up
+            })
+            .collect();
+        // The fast exponential is good to 2^-21 (CUDA C++ programming guide, mathematical functions), far below bf16.
+        let tolerance = |i: usize| expected[i].abs() * (BF16_ROUNDING + 1e-5) + 1e-30;
+        assert_close(&format!("{rows} x {n}"), &read(&cuda, &out), &expected, tolerance);
+        assert_untouched_around("silu_and_mul", &cuda, &mut out);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn recorded_ops_read_what_their_tensors_hold_then() {
+    let cuda = open();
+    let mut x = tensor(&cuda, 2, 16, &[0.0; 32]);
+    let mut out = poisoned(&cuda, 2, 8, DType::Bf16);
+    // At first sight the ops run, at the second they are recorded, from the third on they are replayed.
+    for (turn, value) in [1.0f32, 2.0, -3.0, 4.0].into_iter().enumerate() {
+        write(&cuda, &[value; 32], &mut x);
+        let mut called = false;
+        cuda.graphed(GraphKey { name: "test", sizes: [2, 0, 0] }, &mut || {
+            called = true;
+            cuda.silu_and_mul(&x, &mut out)
+        })
+        .unwrap();
+        assert_eq!(called, turn < 2);
+        let expected = f64::from(value).powi(2) / (1.0 + f64::from(-value).exp());
+        assert_close(&format!("turn {turn}"), &read(&cuda, &out), &[expected; 16], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
+    }
+}
