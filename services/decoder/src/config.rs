@@ -10,13 +10,16 @@ pub struct Config {
     /// Longest prompt and answer together; 0 means the checkpoint's `max_position_embeddings`, or what the KV cache holds if
     /// that is less.
     pub max_model_tokens: usize,
-    /// Memory of the KV cache. Pages that were never used cost nothing on the CPU.
+    /// Memory of the KV cache; 0 means 4 GiB on the CPU, where pages that were never used cost nothing, and on a card what is free
+    /// behind the model, less `device_reserve_bytes`.
     pub kv_cache_bytes: usize,
+    /// Memory of a card that an automatic KV cache leaves to others: to the vision role in the same process, to libraries.
+    pub device_reserve_bytes: usize,
     /// Token slots per block of the KV cache.
     pub block_size_tokens: usize,
     /// Sequences that run at once.
     pub max_num_seqs: usize,
-    /// Tokens in one forward pass: prompts are prefilled in chunks of at most this.
+    /// Tokens in one forward pass: prompts are prefilled in chunks of at most this. 0 means 512 on the CPU and 4,096 on a card.
     pub max_num_batched_tokens: usize,
     /// Tokens guessed ahead in each step from a sequence's own text (prompt lookup), checked in the same forward pass; 0 turns
     /// it off. The answer stays the same; it comes faster where it repeats the prompt.
@@ -35,10 +38,11 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             max_model_tokens: 0,
-            kv_cache_bytes: 4 << 30,
+            kv_cache_bytes: 0,
+            device_reserve_bytes: 4 << 30,
             block_size_tokens: 16,
             max_num_seqs: 64,
-            max_num_batched_tokens: 512,
+            max_num_batched_tokens: 0,
             prompt_lookup_tokens: 0,
             max_requests: 256,
             priority_step_ms: 10_000,
@@ -51,10 +55,8 @@ impl Default for Config {
 impl Validate for Config {
     fn problems(&self, problems: &mut Vec<String>) {
         for (key, value) in [
-            ("kv_cache_bytes", self.kv_cache_bytes),
             ("block_size_tokens", self.block_size_tokens),
             ("max_num_seqs", self.max_num_seqs),
-            ("max_num_batched_tokens", self.max_num_batched_tokens),
             ("max_requests", self.max_requests),
             ("image_store_bytes", self.image_store_bytes),
             ("lease_ms", self.lease_ms as usize),
@@ -63,7 +65,7 @@ impl Validate for Config {
                 problems.push(format!("decoder.{key} is 0, expected 1 or more"));
             }
         }
-        if self.max_num_batched_tokens < self.max_num_seqs {
+        if (1..self.max_num_seqs).contains(&self.max_num_batched_tokens) {
             problems.push(format!(
                 "decoder.max_num_batched_tokens is {}, expected at least max_num_seqs, {}",
                 self.max_num_batched_tokens, self.max_num_seqs

@@ -4,7 +4,7 @@ use crate::{
     block_manager::BlockManager,
     config::Config,
     metrics::{EngineMetrics, Levels},
-    model_runner::{CacheSize, ModelRunner},
+    model_runner::{self, ModelRunner, Next},
     sampler::{Scratch, logprobs},
     scheduler::{Scheduled, Scheduler},
     sequence::{Event, Logprobs, Request, Sequence},
@@ -42,6 +42,8 @@ pub struct EngineOptions {
 pub struct EngineStats {
     /// Sequences that wait or run, one for each choice of a request: counted from submission on.
     pub num_sequences: AtomicUsize,
+    /// Longest prompt and answer together, in tokens; set when the model is loaded.
+    pub max_model_tokens: AtomicUsize,
     /// Blocks of the KV cache that nobody has.
     pub num_free_blocks: AtomicUsize,
     /// Blocks of the KV cache.
@@ -76,14 +78,14 @@ impl Engine {
     /// # Errors
     /// If the weights are not those of `options.model`, or the device has no room.
     pub fn start<B: Backend>(backend: B, options: EngineOptions) -> Result<Self> {
-        let cache = CacheSize::new(&options.config, &options.model, backend.activation_dtype().size())?;
         let (commands, receiver) = mpsc::unbounded_channel();
         let device_name = backend.device_name();
         let stats = Arc::new(EngineStats::default());
         let worker_stats = Arc::clone(&stats);
-        let load = move || Worker::load(backend, options, cache, worker_stats);
+        let load = move || Worker::load(backend, options, worker_stats);
         let alive = engine_thread::start("decoder-engine", load, |worker| worker.run(receiver), Error::Device)?;
-        Ok(Self { commands, alive, stats, max_model_tokens: cache.max_model_tokens, device_name })
+        let max_model_tokens = stats.max_model_tokens.load(Ordering::Relaxed);
+        Ok(Self { commands, alive, stats, max_model_tokens, device_name })
     }
 
     /// Queues a request, whose prompt and answer must fit into [`max_model_tokens`](Self::max_model_tokens); the events of all
@@ -146,13 +148,16 @@ struct Worker<B: Backend> {
 }
 
 impl<B: Backend> Worker<B> {
-    fn load(backend: B, options: EngineOptions, cache: CacheSize, stats: Arc<EngineStats>) -> Result<Self> {
-        let EngineOptions { weights, model, config, stop_token_ids, banned_token_ids, progress } = options;
-        let runner = ModelRunner::load(backend, &weights, &model, &config, cache, &*progress)?;
+    fn load(backend: B, options: EngineOptions, stats: Arc<EngineStats>) -> Result<Self> {
+        let step_tokens = model_runner::step_tokens(&options.config, &backend);
+        let runner = ModelRunner::load(backend, &options)?;
+        let EngineOptions { model, config, stop_token_ids, banned_token_ids, .. } = options;
+        let cache = runner.cache();
+        stats.max_model_tokens.store(cache.max_model_tokens, Ordering::Relaxed);
         let blocks = BlockManager::new(cache.num_blocks, config.block_size_tokens);
         stats.num_blocks.store(blocks.num_blocks(), Ordering::Relaxed);
         stats.num_free_blocks.store(blocks.num_free(), Ordering::Relaxed);
-        let scheduler = Scheduler::new(blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        let scheduler = Scheduler::new(blocks, config.max_num_seqs, step_tokens)
             .with_prompt_lookup(config.prompt_lookup_tokens)
             .with_priority_step(Duration::from_millis(config.priority_step_ms));
         Ok(Self {
@@ -235,7 +240,7 @@ impl<B: Backend> Worker<B> {
                 sequence.report_prompt(of_sequence.iter().map(|(_, token)| token.clone()).collect());
             }
         }
-        for (i, logits) in outputs {
+        for (i, next) in outputs {
             let sequence = &mut running[i];
             if failed.contains(&sequence.number()) {
                 continue;
@@ -246,9 +251,16 @@ impl<B: Backend> Worker<B> {
             if before == sequence.prompt_len && sequence.choice == 0 {
                 self.metrics.first_token(sequence);
             }
-            for (place, logits) in logits.chunks_exact(self.vocab_size).enumerate() {
+            for place in 0..=drafted {
                 let (banned, stop) = (&self.banned_token_ids, &self.stop_token_ids);
-                let Some((token_id, logprobs)) = sequence.sampler.sample(logits, banned, stop, &mut self.scratch) else {
+                let chosen = match next {
+                    Next::Tokens(tokens) => u32::try_from(tokens[place]).ok().map(|token_id| (sequence.sampler.accept(token_id), None)),
+                    Next::Logits(logits) => {
+                        let row = &logits[place * self.vocab_size..(place + 1) * self.vocab_size];
+                        sequence.sampler.sample(row, banned, stop, &mut self.scratch)
+                    }
+                };
+                let Some((token_id, logprobs)) = chosen else {
                     failed.push(sequence.number());
                     break;
                 };

@@ -6,6 +6,7 @@
 
 pub mod block_manager;
 pub mod config;
+mod drawing;
 pub mod engine;
 pub mod image_store;
 mod metrics;

@@ -2,13 +2,16 @@
 
 use crate::{
     config::Config,
+    drawing::{DrawRow, Drawing},
+    engine::EngineOptions,
     model::{ImageRows, Mistral, StepInputs, Workspace},
+    sampler::Draw,
     scheduler::Scheduled,
     sequence::Sequence,
 };
 use half::{bf16, f16};
 use idefics_common::checkpoint::ModelConfig;
-use idefics_kernels::{Backend, DType, Element, Error, GraphKey, KvCache, Result, Tensor, WeightLoader, weights::Weights};
+use idefics_kernels::{Backend, DType, Element, Error, GraphKey, KvCache, Result, Tensor, WeightLoader};
 
 /// The model with its cache, its activations and its inputs.
 pub struct ModelRunner<B: Backend> {
@@ -23,6 +26,8 @@ pub struct ModelRunner<B: Backend> {
     max_blocks: usize,
     /// Rows whose next token the workspace has room for.
     max_outputs: usize,
+    drawing: Drawing<B>,
+    cache: CacheSize,
     logits: Vec<f32>,
     prompt_logits: Vec<f32>,
 }
@@ -30,6 +35,15 @@ pub struct ModelRunner<B: Backend> {
 /// Fewest rows whose logits the workspace has room for. The head is read once for as many rows of a prompt whose
 /// log-probabilities are wanted: as many as make that cheap, and few enough that their logits take no memory to speak of.
 const MIN_OUTPUTS: usize = 32;
+
+/// What follows a sequence, a row behind its last token and behind each guess.
+#[derive(Clone, Copy, Debug)]
+pub enum Next<'a> {
+    /// `[rows, vocab]`
+    Logits(&'a [f32]),
+    /// `[rows]`, chosen by the device; -1 where no logit is finite.
+    Tokens(&'a [i32]),
+}
 
 /// Called with the index of a sequence, a position of its prompt and the logits `[vocab]` of the token behind it.
 pub type OnPromptLogits<'a> = &'a mut dyn FnMut(usize, usize, &[f32]);
@@ -43,15 +57,29 @@ pub struct CacheSize {
     pub max_model_tokens: usize,
 }
 
+/// Tokens in one forward pass.
+pub(crate) fn step_tokens<B: Backend>(config: &Config, backend: &B) -> usize {
+    if config.max_num_batched_tokens == 0 { backend.step_tokens().max(config.max_num_seqs) } else { config.max_num_batched_tokens }
+}
+
+/// Memory of the KV cache on the CPU, if the configuration leaves it open.
+const CPU_KV_CACHE_BYTES: usize = 4 << 30;
+
 impl CacheSize {
-    /// What `config` gives a model whose cache elements have `element_bytes` bytes.
+    /// What `config` gives a model whose cache elements have `element_bytes` bytes. `free_memory` is that of the device, behind
+    /// everything else; `None` if it has no memory of its own.
     ///
     /// # Errors
     /// If not even one block fits, or the configured context is longer than the checkpoint's.
-    pub fn new(config: &Config, model: &ModelConfig, element_bytes: usize) -> Result<Self> {
+    pub fn new(config: &Config, model: &ModelConfig, element_bytes: usize, free_memory: Option<usize>) -> Result<Self> {
         let text = &model.text_config;
         let token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim() * element_bytes;
-        let num_blocks = config.kv_cache_bytes / (token_bytes * config.block_size_tokens);
+        let kv_cache_bytes = match (config.kv_cache_bytes, free_memory) {
+            (0, None) => CPU_KV_CACHE_BYTES,
+            (0, Some(free)) => free.saturating_sub(config.device_reserve_bytes),
+            (bytes, _) => bytes,
+        };
+        let num_blocks = kv_cache_bytes / (token_bytes * config.block_size_tokens);
         let (slots, longest) = (num_blocks * config.block_size_tokens, text.max_position_embeddings);
         let max_model_tokens = if config.max_model_tokens == 0 { longest.min(slots) } else { config.max_model_tokens };
         if max_model_tokens > longest {
@@ -63,8 +91,7 @@ impl CacheSize {
             let wanted =
                 max_model_tokens.max(config.block_size_tokens).div_ceil(config.block_size_tokens) * config.block_size_tokens * token_bytes;
             let what = format!(
-                "decoder.kv_cache_bytes is {}, which holds {slots} tokens of {token_bytes} bytes; expected {wanted} or more for {max_model_tokens} tokens",
-                config.kv_cache_bytes
+                "the KV cache has {kv_cache_bytes} bytes for {slots} tokens of {token_bytes} bytes, expected {wanted} or more for {max_model_tokens} tokens; raise decoder.kv_cache_bytes, or lower decoder.max_model_tokens or decoder.device_reserve_bytes"
             );
             return Err(Error::Device(what));
         }
@@ -75,34 +102,36 @@ impl CacheSize {
 }
 
 impl<B: Backend> ModelRunner<B> {
-    /// Loads the model and allocates everything that a step needs.
+    /// Loads the model and allocates everything that a step needs; the KV cache last, since it may take what is left.
     ///
     /// # Errors
-    /// If the weights are not those of `model`, or the device has no room.
-    pub fn load(
-        backend: B,
-        weights: &Weights,
-        model: &ModelConfig,
-        config: &Config,
-        cache: CacheSize,
-        progress: &dyn Fn(usize),
-    ) -> Result<Self> {
-        let text = &model.text_config;
-        let loaded = Mistral::load(&WeightLoader::new(&backend, weights, progress), text, model.tie_word_embeddings)?;
-        let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
+    /// If the weights are not those of `options.model`, or the device has no room.
+    pub fn load(backend: B, options: &EngineOptions) -> Result<Self> {
+        let (config, text, dtype) = (&options.config, &options.model.text_config, backend.activation_dtype());
+        if config.kv_cache_bytes > 0 || backend.free_memory()?.is_none() {
+            // What cannot fit is found before the weights are read.
+            CacheSize::new(config, &options.model, dtype.size(), None)?;
+        }
+        let loader = WeightLoader::new(&backend, &options.weights, &*options.progress);
+        let model = Mistral::load(&loader, text, options.model.tie_word_embeddings)?;
+        let (tokens, seqs) = (step_tokens(config, &backend), config.max_num_seqs);
         // A next token is wanted behind every guess.
         let outputs = tokens.min((seqs * (1 + config.prompt_lookup_tokens)).max(MIN_OUTPUTS));
-        let kv_size = text.num_key_value_heads * text.head_dim();
+        let i32s = |rows, cols| backend.alloc(rows, cols, DType::I32);
+        let workspace = Workspace::new(&backend, text, tokens, outputs)?;
+        let images = ImageRows { tokens: backend.alloc(tokens, text.hidden_size, dtype)?, rows: i32s(tokens, 1)? };
+        let drawing = Drawing::new(&backend, outputs, text.vocab_size, &options.banned_token_ids)?;
+        let cache = CacheSize::new(config, &options.model, dtype.size(), backend.free_memory()?)?;
         let max_blocks = cache.max_model_tokens.div_ceil(config.block_size_tokens);
         let slots = cache.num_blocks * config.block_size_tokens;
-        let i32s = |rows, cols| backend.alloc(rows, cols, DType::I32);
-        let cache_tensor = || backend.alloc(slots, kv_size, backend.activation_dtype());
+        let kv_size = text.num_key_value_heads * text.head_dim();
+        let cache_tensor = || backend.alloc(slots, kv_size, dtype);
         let kv = (0..text.num_hidden_layers)
             .map(|_| Ok(KvCache { k: cache_tensor()?, v: cache_tensor()?, block_size: config.block_size_tokens }))
             .collect::<Result<_>>()?;
         Ok(Self {
             kv,
-            workspace: Workspace::new(&backend, text, tokens, outputs)?,
+            workspace,
             inputs: StepInputs {
                 token_ids: i32s(tokens, 1)?,
                 positions: i32s(tokens, 1)?,
@@ -113,48 +142,88 @@ impl<B: Backend> ModelRunner<B> {
                 output_rows: i32s(outputs, 1)?,
                 max_seqlen_q: 0,
             },
-            images: ImageRows { tokens: backend.alloc(tokens, text.hidden_size, backend.activation_dtype())?, rows: i32s(tokens, 1)? },
+            images,
+            drawing,
+            cache,
             hidden: text.hidden_size,
             vocab_size: text.vocab_size,
             max_blocks,
             max_outputs: outputs,
             logits: Vec::new(),
             prompt_logits: Vec::new(),
-            model: loaded,
+            model,
             backend,
         })
     }
 
-    /// Computes the step. Returns, in the order of `step`, the logits of each sequence whose last token was computed: pairs of
-    /// the sequence's index and its rows `[1 + drafts, vocab]`, behind the last token and behind each guess. `on_prompt` is
-    /// called before, for every position of the step whose next prompt token's log-probability is wanted, in order.
+    /// Size of the KV cache.
+    pub fn cache(&self) -> CacheSize {
+        self.cache
+    }
+
+    /// Computes the step. Returns, in the order of `step`, what follows each sequence whose last token was computed, with its
+    /// index: a row behind the last token and behind each guess. `on_prompt` is called before, for every position of the step
+    /// whose next prompt token's log-probability is wanted, in order.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn run(&mut self, step: &[Scheduled], sequences: &[Sequence], on_prompt: OnPromptLogits<'_>) -> Result<Vec<(usize, &[f32])>> {
+    pub fn run(&mut self, step: &[Scheduled], sequences: &[Sequence], on_prompt: OnPromptLogits<'_>) -> Result<Vec<(usize, Next<'_>)>> {
         let outputs = self.prepare(step, sequences)?;
         let has_images = self.prepare_images(step, sequences)?;
+        let rows = outputs.iter().map(|(_, rows)| rows).sum();
         let Self { backend, model, kv, workspace, inputs, images, .. } = self;
         let images = has_images.then_some(&*images);
+        // Not within `graphed`, which does not come back to this code when it replays.
+        workspace.set_rows(inputs.token_ids.rows(), rows)?;
         if images.is_none() && inputs.max_seqlen_q == 1 && outputs.len() == step.len() {
-            let key = GraphKey { name: "decode", bucket: step.len() };
+            let key = GraphKey { name: "decode", sizes: [step.len(), 0, 0] };
             backend.graphed(key, &mut || model.forward(backend, inputs, None, kv, workspace))?;
         } else {
             model.forward(backend, inputs, images, kv, workspace)?;
         }
-        let rows: usize = outputs.iter().map(|(_, rows)| rows).sum();
-        self.logits.resize(rows * self.vocab_size, 0.0);
-        if rows > 0 {
-            self.backend.download(self.workspace.logits(), &mut self.logits)?;
-        }
+        let drawn = self.choose(&outputs, sequences)?;
         self.run_prompt(step, sequences, on_prompt)?;
-        let mut rest = &self.logits[..];
-        let split = outputs.into_iter().map(|(sequence, rows)| {
-            let (logits, behind) = rest.split_at(rows * self.vocab_size);
-            rest = behind;
-            (sequence, logits)
+        let (mut tokens, mut logits) = (self.drawing.tokens(), &self.logits[..]);
+        let next = outputs.into_iter().zip(drawn).map(|((sequence, rows), drawn)| {
+            let (chosen, rest) = tokens.split_at(rows.min(tokens.len()));
+            tokens = rest;
+            if drawn {
+                return (sequence, Next::Tokens(chosen));
+            }
+            let (own, rest) = logits.split_at(rows * self.vocab_size);
+            logits = rest;
+            (sequence, Next::Logits(own))
         });
-        Ok(split.collect())
+        Ok(next.collect())
+    }
+
+    /// Takes from the device what follows each sequence: tokens that it chose, or logits. Returns which of `outputs` have tokens.
+    fn choose(&mut self, outputs: &[(usize, usize)], sequences: &[Sequence]) -> Result<Vec<bool>> {
+        let draws = |sequence: usize| if B::SAMPLES { sequences[sequence].sampler.plain_draw() } else { None };
+        let draws: Vec<Option<Draw>> = outputs.iter().map(|(sequence, _)| draws(*sequence)).collect();
+        let (backend, logits) = (&self.backend, self.workspace.logits_mut());
+        if draws.iter().any(Option::is_some) {
+            let rows = outputs.iter().zip(&draws).flat_map(|((sequence, rows), draw)| {
+                // A row whose logits go to the host has to have something here too.
+                let random = sequences[*sequence].sampler.random_bits(*rows);
+                random.into_iter().map(|random| draw.map_or(DrawRow::GREEDY, |draw| DrawRow { draw, random }))
+            });
+            self.drawing.run(backend, logits, rows)?;
+        }
+        self.logits.clear();
+        let mut first_row = 0;
+        for part in outputs.iter().zip(&draws).collect::<Vec<_>>().chunk_by(|a, b| a.1.is_some() == b.1.is_some()) {
+            let rows: usize = part.iter().map(|((_, rows), _)| rows).sum();
+            if part[0].1.is_none() {
+                let from = self.logits.len();
+                self.logits.resize(from + rows * self.vocab_size, 0.0);
+                logits.set_window(first_row..first_row + rows)?;
+                backend.download(logits, &mut self.logits[from..])?;
+            }
+            first_row += rows;
+        }
+        logits.set_rows(first_row)?;
+        Ok(draws.iter().map(Option::is_some).collect())
     }
 
     /// Uploads the step; returns the sequences whose next token it gives, with their rows of logits.
@@ -216,6 +285,7 @@ impl<B: Backend> ModelRunner<B> {
             let rows: Vec<i32> = slice.iter().map(|(_, _, row)| *row).collect();
             self.inputs.output_rows.set_rows(rows.len())?;
             self.backend.upload(&rows, &mut self.inputs.output_rows)?;
+            self.workspace.set_outputs(rows.len())?;
             self.model.head(&self.backend, &self.inputs.output_rows, &mut self.workspace)?;
             self.prompt_logits.resize(rows.len() * self.vocab_size, 0.0);
             self.backend.download(self.workspace.logits(), &mut self.prompt_logits)?;

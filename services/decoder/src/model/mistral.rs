@@ -161,14 +161,23 @@ impl<B: Backend> Workspace<B> {
         })
     }
 
-    fn set_tokens(&mut self, tokens: usize) -> Result<()> {
+    /// Sets the windows of a step of `tokens` tokens of which `outputs` want a next token.
+    ///
+    /// # Errors
+    /// If the workspace has no room for so many.
+    pub fn set_rows(&mut self, tokens: usize, outputs: usize) -> Result<()> {
+        self.set_outputs(outputs)?;
         for tensor in [&mut self.hidden, &mut self.normed, &mut self.qkv, &mut self.attention, &mut self.gate_up, &mut self.activated] {
             tensor.set_rows(tokens)?;
         }
         Ok(())
     }
 
-    fn set_outputs(&mut self, outputs: usize) -> Result<()> {
+    /// Sets the windows of `outputs` rows that want a next token.
+    ///
+    /// # Errors
+    /// If the workspace has no room for so many.
+    pub fn set_outputs(&mut self, outputs: usize) -> Result<()> {
         for tensor in [&mut self.outputs, &mut self.normed_outputs, &mut self.logits] {
             tensor.set_rows(outputs)?;
         }
@@ -178,6 +187,11 @@ impl<B: Backend> Workspace<B> {
     /// `[outputs, vocab]` f32, of the last step or the last call of [`Mistral::head`].
     pub fn logits(&self) -> &Tensor<B> {
         &self.logits
+    }
+
+    /// The same, so that its window can be moved.
+    pub fn logits_mut(&mut self) -> &mut Tensor<B> {
+        &mut self.logits
     }
 }
 
@@ -213,8 +227,8 @@ impl<B: Backend> Mistral<B> {
         })
     }
 
-    /// Logits of the next token for `step.output_rows`, left in `ws`; keys and values of the step's tokens go into `kv`, one
-    /// cache per layer.
+    /// Logits of the next token for `step.output_rows`, left in `ws`, whose windows are [set](Workspace::set_rows); keys and values
+    /// of the step's tokens go into `kv`, one cache per layer. Nothing but ops: a backend may record and replay it.
     ///
     /// # Errors
     /// If the inputs do not fit together, or the device fails.
@@ -226,7 +240,6 @@ impl<B: Backend> Mistral<B> {
         kv: &mut [KvCache<B>],
         ws: &mut Workspace<B>,
     ) -> Result<()> {
-        ws.set_tokens(step.token_ids.rows())?;
         let paged = PagedAttention {
             positions: &step.positions,
             cu_seqlens_q: &step.cu_seqlens_q,
@@ -246,13 +259,12 @@ impl<B: Backend> Mistral<B> {
         if step.output_rows.rows() == 0 { Ok(()) } else { self.head(backend, &step.output_rows, ws) }
     }
 
-    /// Logits of the next token behind `rows` (`[n, 1]` i32) of the last [`forward`](Self::forward), left in `ws`; n is at most
-    /// the outputs that `ws` has room for.
+    /// Logits of the next token behind `rows` (`[n, 1]` i32) of the last [`forward`](Self::forward), left in `ws`, whose windows are
+    /// [set](Workspace::set_outputs) to n outputs.
     ///
     /// # Errors
     /// If there are more rows, or the device fails.
     pub fn head(&self, backend: &B, rows: &Tensor<B>, ws: &mut Workspace<B>) -> Result<()> {
-        ws.set_outputs(rows.rows())?;
         backend.gather_rows(&ws.hidden, rows, &mut ws.outputs)?;
         backend.rms_norm(&ws.outputs, &self.norm, self.eps, &mut ws.normed_outputs)?;
         let lm_head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);

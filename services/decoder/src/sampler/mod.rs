@@ -13,7 +13,7 @@ mod warpers;
 use crate::sequence::{Logprobs, SamplingParams};
 pub(crate) use logprobs::logprobs;
 use processors::History;
-use rand::{Rng, SeedableRng};
+use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use warpers::Candidate;
 
@@ -24,6 +24,17 @@ pub struct Sampler {
     history: History,
     // A named generator, so that a seed gives the same tokens in every release.
     rng: ChaCha8Rng,
+}
+
+/// A draw that needs nothing but logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// 0 takes the most likely token.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
 }
 
 /// Memory that the samplers of a thread share; it carries nothing from one token to the next.
@@ -61,6 +72,29 @@ impl Sampler {
         };
         self.history.push(token_id);
         Some((token_id, self.params.logprobs.map(|n| logprobs(logits, token_id, n as usize))))
+    }
+
+    /// How the next tokens are drawn, if logits, temperature, top-k and top-p say it all: no processor has a say, and nobody wants
+    /// log-probabilities.
+    pub fn plain_draw(&self) -> Option<Draw> {
+        let p = &self.params;
+        let plain = !self.history.matters(p) && p.logit_bias.is_empty() && p.min_p == 0.0 && p.typical_p == 1.0 && p.logprobs.is_none();
+        plain.then_some(Draw { temperature: p.temperature, top_k: p.top_k, top_p: p.top_p })
+    }
+
+    /// The bits that the next `n` draws take, in order. They are used up only by [`accept`](Self::accept).
+    pub fn random_bits(&self, n: usize) -> Vec<u64> {
+        let mut rng = self.rng.clone();
+        (0..n).map(|_| if self.params.temperature == 0.0 { 0 } else { rng.next_u64() }).collect()
+    }
+
+    /// Counts `token_id`, which the device drew with the next of [`random_bits`](Self::random_bits), as generated.
+    pub fn accept(&mut self, token_id: u32) -> u32 {
+        if self.params.temperature != 0.0 {
+            self.rng.next_u64();
+        }
+        self.history.push(token_id);
+        token_id
     }
 
     /// Whether `token_id` ends generation; `stop` as in [`sample`](Self::sample).
@@ -178,6 +212,47 @@ mod tests {
         let unbiased = SamplingParams { logit_bias: vec![], ..params };
         let draws = || tokens(unbiased.clone(), &[], &[1.0, 1.0, 1.0], 50);
         assert_eq!(draws(), draws());
+    }
+
+    #[test]
+    fn device_that_draws_gets_the_bits_that_the_host_would_use() {
+        let params = SamplingParams { temperature: 1.0, ..GREEDY };
+        let logits: Vec<f32> = (0..50).map(|i| (i * 7 % 11) as f32 / 3.0).collect();
+        let (mut host, mut device, mut scratch) =
+            (Sampler::new(params.clone(), &[]), Sampler::new(params.clone(), &[]), Scratch::default());
+        for _ in 0..20 {
+            let bits = device.random_bits(3)[0];
+            let total = warpers::distribution(&params, {
+                host.score(&logits, &[], &[], &mut scratch);
+                &mut scratch
+            });
+            let expected = draw(&scratch.candidates, total.unwrap(), (bits >> 11) as f64 / 2f64.powi(53)).unwrap();
+            assert_eq!(host.sample(&logits, &[], &[], &mut scratch).unwrap().0, expected);
+            device.accept(expected);
+        }
+    }
+
+    #[test]
+    fn draws_are_left_to_the_device_only_if_logits_say_it_all() {
+        let plain = |params: SamplingParams| Sampler::new(params, &[1]).plain_draw();
+        assert_eq!(plain(GREEDY), Some(Draw { temperature: 0.0, top_k: 0, top_p: 1.0 }));
+        let warm = SamplingParams { temperature: 0.7, top_k: 5, top_p: 0.9, stop_token_ids: vec![7], ..GREEDY };
+        assert_eq!(plain(warm), Some(Draw { temperature: 0.7, top_k: 5, top_p: 0.9 }));
+        for params in [
+            SamplingParams { logprobs: Some(0), ..GREEDY },
+            SamplingParams { min_p: 0.1, ..GREEDY },
+            SamplingParams { typical_p: 0.9, ..GREEDY },
+            SamplingParams { repetition_penalty: 1.1, ..GREEDY },
+            SamplingParams { presence_penalty: 0.1, ..GREEDY },
+            SamplingParams { frequency_penalty: -0.1, ..GREEDY },
+            SamplingParams { logit_bias: vec![(1, 1.0)], ..GREEDY },
+        ] {
+            assert_eq!(plain(params.clone()), None, "{params:?}");
+        }
+        let mut waiting = Sampler::new(SamplingParams { min_new_tokens: 1, ..GREEDY }, &[]);
+        assert_eq!(waiting.plain_draw(), None);
+        waiting.accept(3);
+        assert!(waiting.plain_draw().is_some());
     }
 
     #[test]

@@ -18,6 +18,11 @@ impl History {
         Self { counts, num_generated: 0, penalties: repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 }
     }
 
+    /// Whether what was said so far changes the scores of the next token.
+    pub(super) fn matters(&self, params: &SamplingParams) -> bool {
+        self.penalties || self.num_generated < params.min_new_tokens
+    }
+
     pub(super) fn push(&mut self, token_id: u32) {
         self.num_generated += 1;
         if self.penalties {
