@@ -10,7 +10,7 @@ mod siglip;
 use crate::preprocess::{Normalization, PatchGrid, position_ids};
 use connector::ModalityProjection;
 use idefics_common::checkpoint::ModelConfig;
-use idefics_kernels::{Backend, DType, Error, Result, Tensor, WeightLoader};
+use idefics_kernels::{Backend, DType, Error, GraphKey, Result, Tensor, WeightLoader};
 use perceiver::Perceiver;
 use siglip::VisionTower;
 
@@ -101,7 +101,7 @@ impl<B: Backend> VisionModel<B> {
     /// If the sub-images are more than the limits allow, or the device fails.
     pub fn forward(&mut self, backend: &B, sub_images: &[&PatchGrid]) -> Result<&mut Tensor<B>> {
         let max_patches = self.upload(backend, sub_images)?;
-        let inputs = &self.inputs;
+        let (inputs, latents) = (&self.inputs, self.perceiver.latents());
         let packing = Packing {
             cu_seqlens: &inputs.cu_seqlens,
             cu_seqlens_q: &inputs.cu_seqlens_q,
@@ -110,11 +110,19 @@ impl<B: Backend> VisionModel<B> {
             context_rows: &inputs.context_rows,
             latent_rows: &inputs.latent_rows,
             max_patches,
-            latents: self.perceiver.latents(),
+            latents,
         };
-        let patches = self.tower.forward(backend, &inputs.pixels, &inputs.normalization, &inputs.position_ids, &packing)?;
-        let context = self.modality_projection.forward(backend, patches)?;
-        self.perceiver.forward(backend, context, &packing)
+        let (tower, modality_projection, perceiver) = (&mut self.tower, &mut self.modality_projection, &mut self.perceiver);
+        let key = GraphKey { name: "vision", sizes: [inputs.pixels.rows(), sub_images.len(), max_patches] };
+        backend.graphed(key, &mut || {
+            let patches = tower.forward(backend, &inputs.pixels, &inputs.normalization, &inputs.position_ids, &packing)?;
+            let context = modality_projection.forward(backend, patches)?;
+            perceiver.forward(backend, context, &packing)
+        })?;
+        // Not within `graphed`, which does not come back to that code when it replays.
+        let image_tokens = self.perceiver.image_tokens();
+        image_tokens.set_rows(sub_images.len() * latents)?;
+        Ok(image_tokens)
     }
 
     /// Fills the inputs; returns the patches of the largest sub-image.

@@ -137,7 +137,7 @@ impl<B: Backend> Perceiver<B> {
     }
 
     /// `[P, hidden]` to `[sub-images * latents, hidden]`.
-    pub(super) fn forward(&mut self, backend: &B, context: &Tensor<B>, packing: &Packing<'_, B>) -> Result<&mut Tensor<B>> {
+    pub(super) fn forward(&mut self, backend: &B, context: &Tensor<B>, packing: &Packing<'_, B>) -> Result<()> {
         let (ws, patches, rows) = (&mut self.workspace, context.rows(), packing.latent_ids.rows());
         for tensor in [&mut ws.latents, &mut ws.normed, &mut ws.latent_kv, &mut ws.q, &mut ws.attention, &mut ws.gate_up, &mut ws.activated]
         {
@@ -150,7 +150,11 @@ impl<B: Backend> Perceiver<B> {
         for layer in &self.layers {
             layer.forward(backend, ws, context, self.shape, self.eps, packing)?;
         }
-        backend.rms_norm(&ws.latents, &self.norm, self.eps, &mut ws.normed)?;
-        Ok(&mut ws.normed)
+        backend.rms_norm(&ws.latents, &self.norm, self.eps, &mut ws.normed)
+    }
+
+    /// What the last [`forward`](Self::forward) computed, `[sub-images x latents, hidden]`; the window is the caller's to set.
+    pub(super) fn image_tokens(&mut self) -> &mut Tensor<B> {
+        &mut self.workspace.normed
     }
 }
