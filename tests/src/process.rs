@@ -89,7 +89,7 @@ pub struct TopLogprob {
 pub struct Idefics(pub &'static str);
 
 impl Idefics {
-    /// A command of the binary, free of this process' `IDEFICS_*` settings.
+    /// A command of the binary, free of this process' `IDEFICS_*` settings, that computes on the CPU unless it is told otherwise.
     pub fn command(self) -> Command {
         let mut command = Command::new(self.0);
         for (name, _) in std::env::vars_os() {
@@ -97,7 +97,8 @@ impl Idefics {
                 command.env_remove(name);
             }
         }
-        command.stdin(Stdio::null());
+        // Expectations are those of f32: a card, where there is one, would compute in bf16.
+        command.env("IDEFICS_BACKEND__DEVICE", "cpu").stdin(Stdio::null());
         command
     }
 

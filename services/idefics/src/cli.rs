@@ -1,5 +1,6 @@
 //! The command line. Its names are a contract that scripts rely on.
 
+use crate::device::Device;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use idefics_common::telemetry::LogFormat;
 use std::path::PathBuf;
@@ -42,6 +43,9 @@ pub(crate) struct ModelArgs {
     /// Configuration file (TOML) for the roles that are started
     #[arg(long, value_name = "FILE", conflicts_with = "endpoint")]
     pub(crate) config: Option<PathBuf>,
+    /// What computes: auto, cpu or cuda:N [default: auto, the first card if it can be used]
+    #[arg(long, value_name = "DEVICE", conflicts_with = "endpoint")]
+    pub(crate) device: Option<Device>,
 }
 
 /// How pictures are cut and resized.
@@ -176,6 +180,9 @@ pub(crate) struct ServeArgs {
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// What computes: auto, cpu or cuda:N [default: auto, the first card if it can be used]
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<Device>,
     /// How log lines look [default: text]
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub(crate) log_format: Option<LogFormatArg>,

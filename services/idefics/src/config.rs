@@ -1,8 +1,10 @@
 //! The configuration of the binary: a section per part.
 
+use crate::device::Device;
 use idefics_common::{config::Validate, serve::ServerConfig, telemetry::LogFormat};
 use idefics_gateway::GatewayConfig;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// Every section; a role reads its own.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -12,6 +14,8 @@ pub(crate) struct Config {
     pub(crate) server: ServerConfig,
     /// What is logged.
     pub(crate) log: LogConfig,
+    /// Which processor computes.
+    pub(crate) backend: BackendConfig,
     /// The CPU backend.
     pub(crate) cpu: CpuConfig,
     /// The gateway role.
@@ -36,6 +40,16 @@ impl Default for LogConfig {
     fn default() -> Self {
         Self { format: LogFormat::Text, filter: "info".into() }
     }
+}
+
+/// Section `backend`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct BackendConfig {
+    /// `auto`, `cpu` or `cuda:N`.
+    pub(crate) device: Device,
+    /// Folder for compiled CUDA kernels; absent means below the user's cache folder.
+    pub(crate) kernel_cache: Option<PathBuf>,
 }
 
 /// Section `cpu`.

@@ -14,6 +14,7 @@ use idefics_common::{
     telemetry::{self, LogFormat},
 };
 use idefics_proto::gateway::v1::{Image, ImageOptions, gateway_service_client::GatewayServiceClient};
+use serde_json::json;
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -78,10 +79,11 @@ async fn wait_until_serving(uri: &str, channel: GrpcChannel) -> Result<()> {
 
 async fn start(args: &ModelArgs) -> Result<GrpcChannel> {
     let (folder, file) = (args.model.clone(), args.config.clone());
+    let flags = args.device.map_or_else(|| json!({}), |device| json!({ "backend": { "device": device } }));
     let handle = tokio::runtime::Handle::current();
     let gateway = tokio::task::spawn_blocking(move || -> Result<_> {
         let _runtime = handle.enter();
-        let config: Config = config::load(file.as_deref(), serde_json::json!({}))?;
+        let config: Config = config::load(file.as_deref(), flags)?;
         let model = Model::open(folder.as_deref())?;
         Ok(roles::all_in_one(&model, &config, &Shutdown::default())?.0)
     })

@@ -5,6 +5,7 @@ mod ask;
 mod cli;
 mod config;
 mod demo;
+mod device;
 mod encode;
 mod endpoint;
 mod inspect;

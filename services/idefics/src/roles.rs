@@ -3,6 +3,7 @@
 use crate::{
     config::Config,
     demo,
+    device::Processor,
     progress::{self, DECODER_PREFIXES, VISION_PREFIXES},
 };
 use anyhow::{Context, Result};
@@ -11,13 +12,10 @@ use idefics_common::{
     checkpoint::{Checkpoint, Source},
     serve::Shutdown,
 };
-use idefics_decoder::{Decoder, Engine as DecoderEngine};
+use idefics_decoder::Decoder;
 use idefics_gateway::{Gateway, Peer, Peers};
-use idefics_kernels::{
-    cpu::{Cpu, CpuOptions},
-    weights::Weights,
-};
-use idefics_vision::{Engine as VisionEngine, IN_PROCESS, Vision, preprocess::Normalization};
+use idefics_kernels::weights::Weights;
+use idefics_vision::{IN_PROCESS, Vision, preprocess::Normalization};
 use indicatif::ProgressBar;
 use std::path::Path;
 use tokio::sync::watch;
@@ -42,17 +40,17 @@ impl Model {
     }
 }
 
-/// The CPU backend; clones share its threads.
-pub(crate) fn cpu(config: &Config) -> Result<Cpu> {
-    let threads = (config.cpu.threads > 0).then_some(config.cpu.threads);
-    Ok(Cpu::new(CpuOptions { threads, ..CpuOptions::default() })?)
-}
-
 /// A role's engine is running as long as this is true.
 pub(crate) type Alive = watch::Receiver<bool>;
 
 /// Loads the decoder. Blocks.
-pub(crate) fn decoder(model: &Model, config: &Config, cpu: Cpu, bar: &ProgressBar, shutdown: Shutdown) -> Result<(Decoder, Alive)> {
+pub(crate) fn decoder(
+    model: &Model,
+    config: &Config,
+    processor: &mut Processor,
+    bar: &ProgressBar,
+    shutdown: Shutdown,
+) -> Result<(Decoder, Alive)> {
     let bar = bar.clone();
     let options = idefics_decoder::EngineOptions {
         weights: model.weights.clone(),
@@ -62,7 +60,7 @@ pub(crate) fn decoder(model: &Model, config: &Config, cpu: Cpu, bar: &ProgressBa
         banned_token_ids: model.checkpoint.banned_token_ids(),
         progress: Box::new(move |bytes| bar.inc(bytes as u64)),
     };
-    let engine = DecoderEngine::start(cpu, options).context("the decoder cannot start")?;
+    let engine = processor.start(options).context("the decoder cannot start")?;
     let alive = engine.alive();
     Ok((Decoder::new(config.decoder.clone(), &model.checkpoint, model.fingerprint.clone(), engine, shutdown), alive))
 }
@@ -71,7 +69,7 @@ pub(crate) fn decoder(model: &Model, config: &Config, cpu: Cpu, bar: &ProgressBa
 pub(crate) fn vision(
     model: &Model,
     config: &Config,
-    cpu: Cpu,
+    processor: &mut Processor,
     bar: &ProgressBar,
     decoder: Option<GrpcChannel>,
     shutdown: Shutdown,
@@ -90,18 +88,18 @@ pub(crate) fn vision(
         max_queued_images: config.vision.max_queued_images,
         progress: Box::new(move |bytes| bar.inc(bytes as u64)),
     };
-    let engine = VisionEngine::start(cpu, options).context("the vision role cannot start")?;
+    let engine = processor.start(options).context("the vision role cannot start")?;
     let alive = engine.alive();
     Ok((Vision::new(&config.vision, &model.checkpoint, model.fingerprint.clone(), engine, decoder, shutdown), alive))
 }
 
 /// All roles in this process: the gateway calls the others directly. Blocks.
 pub(crate) fn all_in_one(model: &Model, config: &Config, shutdown: &Shutdown) -> Result<(Gateway, Vec<Alive>)> {
-    let cpu = cpu(config)?;
+    let mut processor = Processor::open(config)?;
     let bar = progress::bar(&model.weights, &[VISION_PREFIXES, DECODER_PREFIXES].concat());
-    let (decoder, decoder_alive) = decoder(model, config, cpu.clone(), &bar, shutdown.clone())?;
+    let (decoder, decoder_alive) = decoder(model, config, &mut processor, &bar, shutdown.clone())?;
     let decoder = in_process(decoder.into_server());
-    let (vision, vision_alive) = vision(model, config, cpu, &bar, Some(decoder.clone()), shutdown.clone())?;
+    let (vision, vision_alive) = vision(model, config, &mut processor, &bar, Some(decoder.clone()), shutdown.clone())?;
     bar.finish_and_clear();
     let peers = Peers {
         decoders: vec![Peer { uri: IN_PROCESS.into(), channel: decoder }],

@@ -3,6 +3,7 @@
 use crate::{
     cli::ServeArgs,
     config::Config,
+    device::Processor,
     progress::{self, DECODER_PREFIXES, VISION_PREFIXES},
     roles::{self, Alive, Model},
 };
@@ -93,6 +94,9 @@ fn load_config(args: &ServeArgs) -> Result<Config> {
     if let Some(address) = &args.metrics_addr {
         flags["server"]["metrics_addr"] = json!(address);
     }
+    if let Some(device) = args.device {
+        flags["backend"]["device"] = json!(device);
+    }
     if let Some(format) = args.log_format {
         flags["log"]["format"] = json!(telemetry::LogFormat::from(format));
     }
@@ -127,14 +131,14 @@ async fn start(model: Option<PathBuf>, config: Config, role: Role, shutdown: Shu
             }
             Role::Vision => {
                 let bar = progress::bar(&model.weights, &VISION_PREFIXES);
-                let (vision, alive) = roles::vision(&model, &config, roles::cpu(&config)?, &bar, None, shutdown)?;
+                let (vision, alive) = roles::vision(&model, &config, &mut Processor::open(&config)?, &bar, None, shutdown)?;
                 bar.finish_and_clear();
                 routes.add_service(vision.into_server());
                 (routes, Readiness { all: vec![alive] })
             }
             Role::Decoder => {
                 let bar = progress::bar(&model.weights, &DECODER_PREFIXES);
-                let (decoder, alive) = roles::decoder(&model, &config, roles::cpu(&config)?, &bar, shutdown)?;
+                let (decoder, alive) = roles::decoder(&model, &config, &mut Processor::open(&config)?, &bar, shutdown)?;
                 bar.finish_and_clear();
                 routes.add_service(decoder.into_server());
                 (routes, Readiness { all: vec![alive] })

@@ -1,0 +1,159 @@
+//! Which processor computes: chosen by `--device`, opened once per engine.
+
+use crate::config::Config;
+use anyhow::{Context, Result};
+use idefics_kernels::{
+    cpu::{Cpu, CpuOptions},
+    cuda::{Cuda, CudaOptions},
+};
+use serde::{Deserialize, Serialize};
+use std::{fmt, str::FromStr};
+
+/// A choice of processor, as written: `auto`, `cpu`, `cuda` or `cuda:1`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) enum Device {
+    /// The first card if it can be used, the CPU if not.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A card, as the driver counts them.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => {
+                let ordinal = text.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+                ordinal.map(Self::Cuda).ok_or_else(|| format!("device is {text:?}, expected auto, cpu, cuda or cuda:N"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        device.to_string()
+    }
+}
+
+/// An open processor, from which every engine of the process gets its backend.
+pub(crate) enum Processor {
+    /// Engines share the threads.
+    Cpu(Cpu),
+    /// Each engine has a stream and memory of its own on the card.
+    Cuda {
+        /// Opened to see whether it works; the first engine takes it.
+        opened: Option<Box<Cuda>>,
+        options: CudaOptions,
+    },
+}
+
+impl Processor {
+    /// Opens what the configuration names. Blocks: a card's kernels are compiled if they are not in the cache.
+    ///
+    /// # Errors
+    /// If it cannot be used. `auto` takes the CPU instead and says why.
+    pub(crate) fn open(config: &Config) -> Result<Self> {
+        let cuda = |ordinal| {
+            let options = CudaOptions { ordinal, cache_folder: config.backend.kernel_cache.clone() };
+            Cuda::open(&options).map(|cuda| Self::Cuda { opened: Some(Box::new(cuda)), options })
+        };
+        match config.backend.device {
+            Device::Cpu => Self::cpu(config),
+            Device::Cuda(ordinal) => cuda(ordinal).with_context(|| format!("cuda:{ordinal} cannot be used; --device cpu needs no card")),
+            Device::Auto => match cuda(0) {
+                Ok(card) => Ok(card),
+                Err(error) => {
+                    tracing::info!("computing on the CPU: {error}");
+                    Self::cpu(config)
+                }
+            },
+        }
+    }
+
+    fn cpu(config: &Config) -> Result<Self> {
+        let threads = (config.cpu.threads > 0).then_some(config.cpu.threads);
+        Ok(Self::Cpu(Cpu::new(CpuOptions { threads, ..CpuOptions::default() })?))
+    }
+
+    /// Hands the backend of one engine to `start`.
+    pub(crate) fn start<E: StartEngine>(&mut self, start: E) -> Result<E::Engine> {
+        match self {
+            Self::Cpu(cpu) => Ok(start.start(cpu.clone())?),
+            Self::Cuda { opened, options } => {
+                let cuda = match opened.take() {
+                    Some(cuda) => *cuda,
+                    None => Cuda::open(options)?,
+                };
+                Ok(start.start(cuda)?)
+            }
+        }
+    }
+}
+
+/// What starts an engine, on whichever backend.
+pub(crate) trait StartEngine {
+    /// A handle on the engine.
+    type Engine;
+
+    /// Starts it; blocks until its model is loaded.
+    fn start<B: idefics_kernels::Backend>(self, backend: B) -> idefics_kernels::Result<Self::Engine>;
+}
+
+impl StartEngine for idefics_decoder::EngineOptions {
+    type Engine = idefics_decoder::Engine;
+
+    fn start<B: idefics_kernels::Backend>(self, backend: B) -> idefics_kernels::Result<Self::Engine> {
+        idefics_decoder::Engine::start(backend, self)
+    }
+}
+
+impl StartEngine for idefics_vision::EngineOptions {
+    type Engine = idefics_vision::Engine;
+
+    fn start<B: idefics_kernels::Backend>(self, backend: B) -> idefics_kernels::Result<Self::Engine> {
+        idefics_vision::Engine::start(backend, self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_as_they_are_written() {
+        for (text, device) in [("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda:0", Device::Cuda(0)), ("cuda:13", Device::Cuda(13))] {
+            assert_eq!((text.parse(), device.to_string().as_str()), (Ok(device), text));
+        }
+        assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
+        for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
+            assert!(bad.parse::<Device>().unwrap_err().contains("expected auto, cpu, cuda or cuda:N"), "{bad}");
+        }
+    }
+}
