@@ -1,3 +1,5 @@
+set positional-arguments
+
 # `just check` is what CI runs.
 check:
     bash .ci/run
@@ -25,3 +27,17 @@ ask IMAGE QUESTION:
 # Put load on a deployment: just load sweep --bin target/release/idefics
 load *ARGS:
     cargo run --release -p idefics-load -- {{ARGS}}
+
+# Builds what stands in for driver, NVRTC and cuBLASLt.
+[private]
+emulation:
+    kernels/cu/host/build target/emulation
+
+# Run the binary with the CUDA backend on the host emulation: just emulate ask --image tests/golden/demo/pictures/03.png "Read the sign."
+emulate +ARGS: emulation
+    cargo build --release
+    LD_LIBRARY_PATH=target/emulation IDEFICS_BACKEND__DEVICE=cuda:0 target/release/idefics "$@"
+
+# Compile the CUDA kernels for every architecture and run their tests on the host emulation.
+kernels:
+    bash .ci/kernels
