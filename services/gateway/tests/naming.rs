@@ -1,17 +1,11 @@
-//! How a request is named: to its caller, in errors, in traces.
+//! How a request is named: to its caller and in errors.
 
 mod support;
 
 use idefics_proto::gateway::v1 as pb;
-use std::sync::{Arc, Mutex};
 use support::{Script, World, ask, chat, picture, text};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
-use tracing::span::{Attributes, Id};
-use tracing_subscriber::{
-    Layer,
-    layer::{Context, SubscriberExt},
-};
 
 const REQUEST_ID: &str = "x-request-id";
 
@@ -65,30 +59,4 @@ async fn answers_carry_the_callers_name_for_them() {
     // What cannot be a name is replaced.
     let answer = ask(&world, named(chat(vec![text("?")]), "two words")).await;
     assert_eq!(answer.started[0].request_id.len(), 32);
-}
-
-/// Names of the spans that were opened.
-#[derive(Clone, Default)]
-struct Spans(Arc<Mutex<Vec<&'static str>>>);
-
-impl<S: tracing::Subscriber> Layer<S> for Spans {
-    fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
-        let metadata = attributes.metadata();
-        if metadata.fields().field("request_id").is_some() {
-            self.0.lock().unwrap().push(metadata.name());
-        }
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn every_method_has_a_span_of_its_own() {
-    let spans = Spans::default();
-    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(spans.clone()));
-    let world = World::new().await;
-    let input = Some(pb::tokenize_request::Input::Text("x".into()));
-    world.client().tokenize(pb::TokenizeRequest { input, image_options: None }).await.unwrap();
-    let images = vec![pb::Image { data: "1".into() }];
-    world.client().encode_images(pb::EncodeImagesRequest { images, image_options: None }).await.unwrap();
-    ask(&world, chat(vec![picture(b"one")])).await;
-    assert_eq!(*spans.0.lock().unwrap(), ["tokenize", "encode_images", "encode", "chat", "encode", "generate"]);
 }
