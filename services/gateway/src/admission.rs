@@ -1,15 +1,16 @@
-//! In front of the service: a request is named and gets its permit before its body is read.
+//! In front of the service: a request is named and gets its permit before its body is read, and its answer is named, also
+//! where the request never reached its method.
 //!
 //! A body is up to `gateway.max_request_bytes` long and connections are many, so a gateway that decoded first and refused
 //! then would hold as many bodies as anyone cares to send.
 
 use crate::{call::Call, failure::RETRY_AFTER};
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use http_body::{Frame, SizeHint};
 use idefics_common::{serve::Shutdown, status};
 use std::{
     convert::Infallible,
-    future::{Ready, ready},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -92,11 +93,11 @@ impl<S: NamedService> NamedService for AdmissionServer<S> {
 
 impl<S> Service<http::Request<Body>> for AdmissionServer<S>
 where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible, Future: Send + 'static>,
 {
     type Response = S::Response;
     type Error = Infallible;
-    type Future = futures::future::Either<S::Future, Ready<Result<Self::Response, Infallible>>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.server.poll_ready(context)
@@ -104,19 +105,20 @@ where
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+        let call = Call::new(request.headers());
         let mut max_bytes = MAX_OTHER_BYTES;
         if ADMITTED_METHODS.contains(&method) {
-            let call = Call::new(request.headers());
             match self.admission.admit(call.clone()) {
                 Ok(admitted) => request.extensions_mut().insert(admitted),
-                Err(status) => return futures::future::Either::Right(ready(Ok(call.sign(status).into_http()))),
+                Err(status) => return Box::pin(async move { Ok(call.sign(status).into_http()) }),
             };
             // The decoder of messages has the limit.
             max_bytes = usize::MAX;
         }
         let stalled_client = self.stalled_client;
         let request = request.map(|body| Body::new(Upload { body, max_bytes, stalled_client, pause: Box::pin(sleep(stalled_client)) }));
-        futures::future::Either::Left(self.server.call(request))
+        let answer = self.server.call(request);
+        Box::pin(async move { Ok(call.name(answer.await?)) })
     }
 }
 

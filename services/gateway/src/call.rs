@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 use tokio::time::Instant;
-use tonic::{Response, Status, codegen::http::HeaderMap, metadata::MetadataValue};
+use tonic::{
+    Status,
+    body::Body,
+    codegen::http::{self, HeaderMap},
+};
 use tonic_types::StatusExt;
 
 const REQUEST_ID: &str = "x-request-id";
@@ -53,13 +57,15 @@ impl Call {
         Status::deadline_exceeded(format!("not finished {} ms after receipt, when the caller's deadline passed", self.elapsed_ms() as u64))
     }
 
-    /// The response for the caller, which names the request.
-    pub(crate) fn answer<T>(&self, result: Result<T, Status>) -> Result<Response<T>, Status> {
-        let mut response = Response::new(result.map_err(|status| self.sign(status))?);
-        if let Some(id) = self.metadata_value() {
-            response.metadata_mut().insert(REQUEST_ID, id);
+    /// The answer with the request's name, be it a response or a status.
+    pub(crate) fn name(&self, mut answer: http::Response<Body>) -> http::Response<Body> {
+        if let Some(status) = Status::from_header_map(answer.headers()) {
+            return self.sign(status).into_http();
         }
-        Ok(response)
+        if let Ok(id) = self.request_id.parse() {
+            answer.headers_mut().insert(REQUEST_ID, id);
+        }
+        answer
     }
 
     /// The status with the request's name, as `google.rpc.RequestInfo` and as metadata.
@@ -67,15 +73,11 @@ impl Call {
         let mut details = status.get_error_details();
         details.set_request_info(self.request_id.as_str(), "");
         let mut metadata = status.metadata().clone();
-        if let Some(id) = self.metadata_value() {
+        // Always: request ids are visible ASCII.
+        if let Ok(id) = self.request_id.parse() {
             metadata.insert(REQUEST_ID, id);
         }
         Status::with_error_details_and_metadata(status.code(), status.message(), details, metadata)
-    }
-
-    /// Always there: request ids are visible ASCII.
-    fn metadata_value(&self) -> Option<MetadataValue<tonic::metadata::Ascii>> {
-        self.request_id.parse().ok()
     }
 
     pub(crate) fn elapsed(&self) -> Duration {

@@ -108,10 +108,7 @@ impl Gateway {
     fn admitted<T>(&self, request: &mut Request<T>) -> Result<Admitted, Status> {
         match request.extensions_mut().remove() {
             Some(admitted) => Ok(admitted),
-            None => {
-                let call = Call::new(request.metadata().as_ref());
-                self.0.admission.admit(call.clone()).map_err(|status| call.sign(status))
-            }
+            None => self.0.admission.admit(Call::new(request.metadata().as_ref())),
         }
     }
 
@@ -215,14 +212,12 @@ impl GatewayService for Gateway {
             };
             self.start(admitted, generation, build_prompt).await
         };
-        let started = call.answer(start.instrument(span).await)?;
-        Ok(started.map(|events| {
-            let response = move |event: Result<_, Status>| match event {
-                Ok(event) => Ok(pb::ChatResponse { event: Some(event) }),
-                Err(status) => Err(call.sign(status)),
-            };
-            events.map(response).boxed()
-        }))
+        let events = start.instrument(span).await?;
+        let response = move |event: Result<_, Status>| match event {
+            Ok(event) => Ok(pb::ChatResponse { event: Some(event) }),
+            Err(status) => Err(call.sign(status)),
+        };
+        Ok(Response::new(events.map(response).boxed()))
     }
 
     async fn generate(&self, mut request: Request<pb::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -245,14 +240,12 @@ impl GatewayService for Gateway {
             };
             self.start(admitted, generation, build_prompt).await
         };
-        let started = call.answer(start.instrument(span).await)?;
-        Ok(started.map(|events| {
-            let response = move |event: Result<_, Status>| match event {
-                Ok(event) => Ok(pb::GenerateResponse { event: Some(event) }),
-                Err(status) => Err(call.sign(status)),
-            };
-            events.map(response).boxed()
-        }))
+        let events = start.instrument(span).await?;
+        let response = move |event: Result<_, Status>| match event {
+            Ok(event) => Ok(pb::GenerateResponse { event: Some(event) }),
+            Err(status) => Err(call.sign(status)),
+        };
+        Ok(Response::new(events.map(response).boxed()))
     }
 
     async fn tokenize(&self, mut request: Request<pb::TokenizeRequest>) -> Result<Response<pb::TokenizeResponse>, Status> {
@@ -271,7 +264,7 @@ impl GatewayService for Gateway {
             });
             Ok(tokenize.await?.0)
         };
-        call.answer(call.within_deadline(work).instrument(span).await)
+        Ok(Response::new(call.within_deadline(work).instrument(span).await?))
     }
 
     async fn encode_images(&self, mut request: Request<pb::EncodeImagesRequest>) -> Result<Response<pb::EncodeImagesResponse>, Status> {
@@ -292,7 +285,7 @@ impl GatewayService for Gateway {
                 () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
             }
         };
-        call.answer(work.instrument(span).await)
+        Ok(Response::new(work.instrument(span).await?))
     }
 
     async fn get_model(&self, _: Request<pb::GetModelRequest>) -> Result<Response<pb::GetModelResponse>, Status> {

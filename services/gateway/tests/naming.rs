@@ -2,9 +2,15 @@
 
 mod support;
 
+use idefics_common::channel::in_process;
+use idefics_gateway::GatewayConfig;
 use idefics_proto::gateway::v1 as pb;
-use support::{Script, World, ask, chat, picture, text};
-use tonic::{Code, Request, Status};
+use support::{Script, Setup, World, ask, chat, picture, text};
+use tonic::{
+    Code, Request, Status,
+    body::Body,
+    codegen::{Service, http},
+};
 use tonic_types::StatusExt;
 
 const REQUEST_ID: &str = "x-request-id";
@@ -59,4 +65,31 @@ async fn answers_carry_the_callers_name_for_them() {
     // What cannot be a name is replaced.
     let answer = ask(&world, named(chat(vec![text("?")]), "two words")).await;
     assert_eq!(answer.started[0].request_id.len(), 32);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_never_reaches_its_method_is_named_too() {
+    let config = GatewayConfig { max_request_bytes: 64, stalled_client_ms: 1_000, ..Default::default() };
+    let world = Setup { config, ..Default::default() }.ready().await;
+    let status = world.client().chat(named(chat(vec![picture(&[0; 100])]), "too-long")).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert_named(&status, "too-long");
+    // A body that neither goes on nor ends.
+    let nothing = futures::stream::pending::<Result<http_body::Frame<bytes::Bytes>, Status>>();
+    let request = http::Request::post("/idefics.gateway.v1.GatewayService/Chat").header(REQUEST_ID, "stalled");
+    let request = request.header("content-type", "application/grpc").body(Body::new(http_body_util::StreamBody::new(nothing))).unwrap();
+    let response = in_process(world.gateway.clone().into_server()).call(request).await.unwrap();
+    let status = Status::from_header_map(response.headers()).unwrap();
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert_named(&status, "stalled");
+}
+
+#[tokio::test(start_paused = true)]
+async fn questions_about_the_model_are_named() {
+    let world = World::new().await;
+    let response = world.client().get_model(named(pb::GetModelRequest {}, "job-9")).await.unwrap();
+    assert_eq!(response.metadata().get(REQUEST_ID).unwrap(), "job-9");
+    *world.decoders[0].silent.lock().unwrap() = true;
+    world.settle().await;
+    assert_named(&world.client().get_model(named(pb::GetModelRequest {}, "job-9")).await.unwrap_err(), "job-9");
 }
