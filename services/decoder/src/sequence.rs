@@ -130,6 +130,17 @@ pub enum FinishReason {
     Cancelled,
 }
 
+/// What is known of a request at its first token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FirstToken {
+    /// Prompt tokens whose keys and values were in the cache.
+    pub cached_tokens: usize,
+    /// From submission to the first forward pass.
+    pub queue_ms: f64,
+    /// From there to the token.
+    pub prefill_ms: f64,
+}
+
 /// What the engine reports of a request. Each choice ends with `Finished`, unless the request ends with `Failed`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -148,8 +159,8 @@ pub enum Event {
         token_id: u32,
         /// If asked for.
         logprobs: Option<Logprobs>,
-        /// With the first token of choice 0: prompt tokens whose keys and values were in the cache.
-        cached_tokens: Option<usize>,
+        /// With the first token of choice 0.
+        first: Option<FirstToken>,
     },
     /// The last event of a choice.
     Finished {
@@ -366,10 +377,11 @@ impl Sequence {
     /// Appends a generated token and reports it; returns why generation ends, if it does. `stop_token_ids` are the checkpoint's.
     pub fn push(&mut self, token_id: u32, logprobs: Option<Logprobs>, stop_token_ids: &[u32]) -> Option<FinishReason> {
         let is_first = self.first_token_at.is_none() && self.choice == 0;
-        let cached_tokens = self.cached_tokens.filter(|_| is_first);
         self.first_token_at.get_or_insert_with(Instant::now);
         self.token_ids.push(token_id);
-        drop(self.events.send(Event::Token { choice: self.choice, token_id, logprobs, cached_tokens }));
+        let (queue_ms, prefill_ms) = self.queue_and_prefill_ms();
+        let first = is_first.then(|| FirstToken { cached_tokens: self.cached_tokens(), queue_ms, prefill_ms });
+        drop(self.events.send(Event::Token { choice: self.choice, token_id, logprobs, first }));
         let reason = if self.sampler.ends_at(token_id, stop_token_ids) {
             FinishReason::Stop
         } else if self.token_ids.len() == self.max_len() {
@@ -383,13 +395,16 @@ impl Sequence {
 
     /// Reports that it has ended.
     pub fn finish(&self, reason: FinishReason) {
-        let ms = |from: Option<Instant>, to: Option<Instant>| from.zip(to).map_or(0.0, |(from, to)| (to - from).as_secs_f64() * 1e3);
-        drop(self.events.send(Event::Finished {
-            choice: self.choice,
-            reason,
-            queue_ms: ms(Some(self.submitted_at), self.started_at),
-            prefill_ms: ms(self.started_at, self.first_token_at),
-            decode_ms: ms(self.first_token_at, Some(Instant::now())),
-        }));
+        let (queue_ms, prefill_ms) = self.queue_and_prefill_ms();
+        let decode_ms = ms(self.first_token_at, Some(Instant::now()));
+        drop(self.events.send(Event::Finished { choice: self.choice, reason, queue_ms, prefill_ms, decode_ms }));
     }
+
+    fn queue_and_prefill_ms(&self) -> (f64, f64) {
+        (ms(Some(self.submitted_at), self.started_at), ms(self.started_at, self.first_token_at))
+    }
+}
+
+fn ms(from: Option<Instant>, to: Option<Instant>) -> f64 {
+    from.zip(to).map_or(0.0, |(from, to)| (to - from).as_secs_f64() * 1e3)
 }

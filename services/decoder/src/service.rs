@@ -5,7 +5,7 @@ use crate::{
     config::Config,
     engine::Engine,
     image_store::{ImageKey, ImageStore, ImageTokens, StoreError},
-    sequence::{Event, FinishReason, ImageSpan, Logprobs, Request as EngineRequest, SamplingParams, TokenLogprob},
+    sequence::{Event, FinishReason, FirstToken, ImageSpan, Logprobs, Request as EngineRequest, SamplingParams, TokenLogprob},
 };
 use idefics_common::{
     channel::MAX_MESSAGE_BYTES,
@@ -333,8 +333,8 @@ fn responses(events: UnboundedReceiver<Event>, n: usize, shutdown: Shutdown) -> 
                     let prompt = pb::PromptLogprobs { start: start as u32, tokens };
                     (Ok(response(PbEvent::PromptLogprobs(prompt))), Some((events, left)))
                 }
-                Some(Event::Token { choice, token_id, logprobs, cached_tokens }) => {
-                    let token = to_wire(choice, token_id, logprobs, cached_tokens);
+                Some(Event::Token { choice, token_id, logprobs, first }) => {
+                    let token = to_wire(choice, token_id, logprobs, first);
                     (Ok(response(PbEvent::Token(token))), Some((events, left)))
                 }
                 Some(Event::Finished { choice, reason, queue_ms, prefill_ms, decode_ms }) => {
@@ -357,10 +357,14 @@ fn response(event: PbEvent) -> pb::GenerateResponse {
     pb::GenerateResponse { event: Some(event) }
 }
 
-fn to_wire(choice: usize, token_id: u32, logprobs: Option<Logprobs>, cached_tokens: Option<usize>) -> pb::GeneratedToken {
+fn to_wire(choice: usize, token_id: u32, logprobs: Option<Logprobs>, first: Option<FirstToken>) -> pb::GeneratedToken {
     let logprob = logprobs.as_ref().map(|l| l.logprob);
     let top = logprobs.map(|l| top(l.top)).unwrap_or_default();
-    pb::GeneratedToken { token_id, logprob, top, cached_tokens: cached_tokens.map(|n| n as u32), choice: choice as u32 }
+    let first = first.map(|first| {
+        let FirstToken { cached_tokens, queue_ms, prefill_ms } = first;
+        pb::FirstToken { cached_tokens: cached_tokens as u32, queue_ms, prefill_ms }
+    });
+    pb::GeneratedToken { token_id, logprob, top, first, choice: choice as u32 }
 }
 
 fn prompt_token((token_id, logprobs): (u32, Logprobs)) -> pb::PromptToken {

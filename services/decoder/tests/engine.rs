@@ -191,8 +191,8 @@ async fn cached_tokens_are_those_of_earlier_requests() {
         let mut events = engine.submit(&Request { n: 3, ..text((3..39).collect(), 2) }, &Span::none());
         let mut cached = Vec::new();
         while let Some(event) = events.recv().await {
-            if let Event::Token { choice, cached_tokens: Some(tokens), .. } = event {
-                cached.push((choice, tokens));
+            if let Event::Token { choice, first: Some(first), .. } = event {
+                cached.push((choice, first.cached_tokens));
             }
         }
         assert_eq!(cached, [(0, expected)]);
@@ -305,10 +305,10 @@ async fn second_turn_reuses_the_first_and_answers_the_same() {
     let mut answers = Vec::new();
     for salt in [b"a", b"b"] {
         let mut events = engine.submit(&second(salt, &answer), &Span::none());
-        let Some(Event::Token { token_id, cached_tokens: Some(cached), .. }) = events.recv().await else { panic!("a token comes first") };
+        let Some(Event::Token { token_id, first: Some(first_token), .. }) = events.recv().await else { panic!("a token comes first") };
         let known = first.token_ids.len() + answer.len() - 1;
         // All full blocks of 16 that the first turn computed, for the same salt only.
-        assert_eq!(cached, if salt == b"a" { known / 16 * 16 } else { 0 });
+        assert_eq!(first_token.cached_tokens, if salt == b"a" { known / 16 * 16 } else { 0 });
         answers.push((token_id, collect(events).await));
     }
     assert_eq!(answers[0], answers[1]);

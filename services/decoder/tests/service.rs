@@ -265,14 +265,18 @@ async fn choices_end_one_by_one_and_one_can_be_cancelled() {
     let key = [7; 32];
     client.put_image_tokens(put(key, LATENTS, 0.5)).await.unwrap();
     let mut stream = client.generate(GenerateRequest { n: 3, max_new_tokens: 400, ..generate("a", key) }).await.unwrap().into_inner();
-    let first = stream.message().await.unwrap().unwrap();
-    assert!(matches!(first.event, Some(Event::Token(token)) if token.choice == 0 && token.cached_tokens == Some(0)));
+    let Some(Event::Token(token)) = stream.message().await.unwrap().unwrap().event else { panic!("a token comes first") };
+    let first = token.first.expect("it is the first of choice 0");
+    assert_eq!((token.choice, first.cached_tokens), (0, 0));
     for (request_id, choice) in [("a", 1), ("a", 9), ("unknown", 0)] {
         client.cancel_choice(CancelChoiceRequest { request_id: request_id.into(), choice }).await.unwrap();
     }
     let mut ends = Vec::new();
     while let Some(message) = stream.message().await.unwrap() {
         if let Some(Event::Finished(finished)) = message.event {
+            if finished.choice == 0 {
+                assert_eq!((first.queue_ms, first.prefill_ms), (finished.queue_ms, finished.prefill_ms));
+            }
             ends.push((finished.choice, finished.reason()));
         }
     }

@@ -25,7 +25,6 @@ use idefics_proto::{
     vision::v1 as vision,
 };
 use std::{sync::Arc, time::Duration};
-use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
@@ -123,7 +122,6 @@ impl Coordinator {
             progress.started = true;
             events.send(Event::Started(started(job))).await?;
         }
-        progress.generate_at = Some(Instant::now());
         let stream = match self.open(job, decoder, max_new_tokens).await {
             Err(Failure::TokensMissing(keys)) => {
                 let evicted = images_named(job, decoder, |image| keys.contains(&image.key.to_string()), keys.len())?;

@@ -28,8 +28,8 @@ pub(crate) struct Progress {
     pub(crate) answered: bool,
     pub(crate) timings: pb::Timings,
     completion_tokens: u32,
-    cached_tokens: u32,
-    pub(crate) generate_at: Option<Instant>,
+    /// What the decoder said with the first token.
+    first: decoder::FirstToken,
     first_token_at: Option<Instant>,
 }
 
@@ -147,7 +147,7 @@ impl<'a> Relay<'a> {
     fn note_token(&mut self, token: &decoder::GeneratedToken, last_token_at: Option<Instant>) {
         let progress = &mut *self.progress;
         progress.completion_tokens += 1;
-        progress.cached_tokens = token.cached_tokens.unwrap_or(progress.cached_tokens);
+        progress.first = token.first.unwrap_or(progress.first);
         let now = Instant::now();
         if progress.first_token_at.is_none() {
             progress.first_token_at = Some(now);
@@ -195,7 +195,7 @@ impl<'a> Relay<'a> {
         let timings = pb::Timings { total_ms, ..self.phases() };
         let prompt = &self.job.prompt;
         let (prompt_tokens, image_tokens) = (prompt.token_ids.len() as u32, prompt.image_tokens);
-        let Progress { completion_tokens, cached_tokens, .. } = *self.progress;
+        let Progress { completion_tokens, first: decoder::FirstToken { cached_tokens, .. }, .. } = *self.progress;
         let request_id = &self.job.call.request_id;
         tracing::debug!(request_id, prompt_tokens, image_tokens, completion_tokens, total_ms, "finished");
         let usage = pb::Usage { prompt_tokens, image_tokens, completion_tokens, cached_tokens };
@@ -204,24 +204,15 @@ impl<'a> Relay<'a> {
         self.events.send(Event::Finished(pb::Finished { finish_reasons, usage: Some(usage), timings: Some(timings) })).await
     }
 
-    /// Where the time went, as the decoder says. A stream that a stop text has cut off says nothing about its phases; seen from
-    /// here, prefill contains the queue.
+    /// Where the time went, as the decoder says. Of a choice that a stop text has cut off it says no end; that is now.
     fn phases(&self) -> pb::Timings {
-        let finished: Option<Vec<decoder::Finished>> = self.choices.iter().map(|choice| choice.finished).collect();
-        let (queue_ms, prefill_ms, decode_ms) = match finished.as_deref() {
-            Some(finished @ [first, ..]) => {
-                // The others wait in the queue while the first computes the prompt.
-                let end = |f: &decoder::Finished| f.queue_ms + f.prefill_ms + f.decode_ms;
-                let last = finished.iter().map(end).fold(0.0, f64::max);
-                (first.queue_ms, first.prefill_ms, (last - first.queue_ms - first.prefill_ms).max(0.0))
-            }
-            _ => {
-                let now = Instant::now();
-                let first_token_at = self.progress.first_token_at.unwrap_or(now);
-                let generate_at = self.progress.generate_at.unwrap_or(first_token_at);
-                let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1e3;
-                (0.0, ms(generate_at, first_token_at), ms(first_token_at, now))
-            }
+        let decoder::FirstToken { queue_ms, prefill_ms, .. } = self.progress.first;
+        let ends: Option<Vec<f64>> =
+            self.choices.iter().map(|choice| choice.finished.map(|f| f.queue_ms + f.prefill_ms + f.decode_ms)).collect();
+        let decode_ms = match ends {
+            // The other choices wait in the queue while the first computes the prompt.
+            Some(ends) => (ends.into_iter().fold(0.0, f64::max) - queue_ms - prefill_ms).max(0.0),
+            None => self.progress.first_token_at.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3),
         };
         pb::Timings { queue_ms, prefill_ms, decode_ms, ..self.progress.timings }
     }

@@ -68,6 +68,8 @@ async fn last_choice_that_a_stop_text_ends_drops_the_stream() {
     world.script([Script::Choices(vec![(1, PINK), (0, A), (0, PINK)], vec![])]);
     let answer = ask(&world, request(2, "ink")).await;
     assert_eq!(answer.reasons(), [pb::FinishReason::Stop; 2]);
+    let timings = answer.finished.unwrap().timings.unwrap();
+    assert_eq!((timings.queue_ms, timings.prefill_ms), (1.0, 2.0), "known since the first token");
     let mut names = world.asked_names(4).await;
     names.sort();
     assert_eq!(names, ["decoder-0 cancel choice 1", "decoder-0 generate", "decoder-0 reserve", "generate dropped"]);

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     block_manager::BlockHash,
-    sequence::{Event, Logprobs, MAX_PROMPT_LOGPROBS, Request, SamplingParams},
+    sequence::{Event, FirstToken, Logprobs, MAX_PROMPT_LOGPROBS, Request, SamplingParams},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -146,14 +146,14 @@ fn second_turn_computes_only_what_is_new() {
         let step = scheduler.schedule();
         run(&mut scheduler, &step);
     }
-    assert!(matches!(a_events.try_recv(), Ok(Event::Token { cached_tokens: Some(0), .. })));
+    assert!(matches!(a_events.try_recv(), Ok(Event::Token { first: Some(FirstToken { cached_tokens: 0, .. }), .. })));
     // 12 of the first turn's 13 tokens were computed and fill blocks: the last one was never fed back.
     let (b, mut b_events) = sequence([first, vec![7, 7, 7, 90, 91, 92]].concat(), 1);
     scheduler.add(b);
     let step = scheduler.schedule();
     assert_eq!(step, [Scheduled { sequence: 0, num_tokens: 16 - 12, num_drafts: 0 }]);
     run(&mut scheduler, &step);
-    assert!(matches!(b_events.try_recv(), Ok(Event::Token { cached_tokens: Some(12), .. })));
+    assert!(matches!(b_events.try_recv(), Ok(Event::Token { first: Some(FirstToken { cached_tokens: 12, .. }), .. })));
 }
 
 #[test]

@@ -239,8 +239,14 @@ impl DecoderService for FakeDecoder {
             Script::Error(code) => return Err(Status::new(code, "told to")),
         };
         let guard = OnDrop(Arc::clone(&self.0), Some(Asked::GenerateDropped));
-        Ok(Response::new(Box::pin(events.map(move |event| {
+        let mut first = Some(decoder::FirstToken { cached_tokens: 0, queue_ms: 1.0, prefill_ms: 2.0 });
+        Ok(Response::new(Box::pin(events.map(move |mut event| {
             let _ = &guard;
+            if let Ok(decoder::GenerateResponse { event: Some(decoder::generate_response::Event::Token(token)) }) = &mut event
+                && token.choice == 0
+            {
+                token.first = first.take();
+            }
             event
         }))))
     }
