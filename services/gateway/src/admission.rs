@@ -4,7 +4,7 @@
 //! A body is up to `gateway.max_request_bytes` long and connections are many, so a gateway that decoded first and refused
 //! then would hold as many bodies as anyone cares to send.
 
-use crate::{call::Call, failure::RETRY_AFTER};
+use crate::{call::Call, failure::RETRY_AFTER, metrics};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http_body::{Frame, SizeHint};
@@ -66,6 +66,7 @@ impl Admission {
         match Arc::clone(&self.permits).try_acquire_owned() {
             Ok(permit) => Ok(Admitted { call, permit: Arc::new(permit) }),
             Err(_) => {
+                metrics::refused();
                 let limit = self.max_concurrent_requests;
                 Err(status::resource_exhausted(format!("{limit} requests are running, which is the limit; retry later"), RETRY_AFTER))
             }

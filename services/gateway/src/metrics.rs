@@ -8,7 +8,8 @@ use tonic::Code;
 /// Describes every metric of this role.
 pub(crate) fn describe() {
     describe_gauge!("idefics_gateway_requests_running", "Generations in progress");
-    describe_counter!("idefics_gateway_requests_total", "Generations ended, by gRPC code");
+    describe_counter!("idefics_gateway_requests_total", "Generations let in and ended, by gRPC code");
+    describe_counter!("idefics_gateway_requests_refused_total", "Requests refused because as many ran as may");
     describe_histogram!("idefics_gateway_time_to_first_token_seconds", "From the receipt of a request to its first token");
     describe_histogram!("idefics_gateway_inter_token_seconds", "From one token to the next");
     describe_histogram!("idefics_gateway_request_seconds", "From the receipt of a request to its last token");
@@ -34,6 +35,11 @@ impl Drop for Running {
 /// Records how a generation ended.
 pub(crate) fn ended(code: Code) {
     counter!("idefics_gateway_requests_total", "code" => format!("{code:?}")).increment(1);
+}
+
+/// Records a request that was not let in.
+pub(crate) fn refused() {
+    counter!("idefics_gateway_requests_refused_total").increment(1);
 }
 
 pub(crate) fn first_token(since_receipt: Duration) {

@@ -212,7 +212,7 @@ impl GatewayService for Gateway {
             };
             self.start(admitted, generation, build_prompt).await
         };
-        let events = start.instrument(span).await?;
+        let events = start.instrument(span).await.inspect_err(|status| metrics::ended(status.code()))?;
         let response = move |event: Result<_, Status>| match event {
             Ok(event) => Ok(pb::ChatResponse { event: Some(event) }),
             Err(status) => Err(call.sign(status)),
@@ -240,7 +240,7 @@ impl GatewayService for Gateway {
             };
             self.start(admitted, generation, build_prompt).await
         };
-        let events = start.instrument(span).await?;
+        let events = start.instrument(span).await.inspect_err(|status| metrics::ended(status.code()))?;
         let response = move |event: Result<_, Status>| match event {
             Ok(event) => Ok(pb::GenerateResponse { event: Some(event) }),
             Err(status) => Err(call.sign(status)),
