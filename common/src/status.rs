@@ -14,7 +14,7 @@ pub const SHIP_TO_NOT_ALLOWED: &str = "SHIP_TO_NOT_ALLOWED";
 /// One thing that is wrong with a request: the field's path and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Path in the request, as in `messages[0].content[1].image.data`.
+    /// Path in the request, as in `messages[0].content[1].image.data`; empty for the request as a whole.
     pub field: String,
     /// What was expected, what was found, what to change.
     pub description: String,
@@ -29,7 +29,10 @@ impl Violation {
 
 /// `INVALID_ARGUMENT` with a field violation each.
 pub fn invalid_argument(violations: Vec<Violation>) -> Status {
-    let message = violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect::<Vec<_>>().join("; ");
+    // One without a field is about the request as a whole.
+    let described =
+        violations.iter().map(|v| if v.field.is_empty() { v.description.clone() } else { format!("{}: {}", v.field, v.description) });
+    let message = described.collect::<Vec<_>>().join("; ");
     let details = violations.into_iter().map(|v| FieldViolation::new(v.field, v.description)).collect::<Vec<_>>();
     Status::with_error_details(Code::InvalidArgument, message, ErrorDetails::with_bad_request(details))
 }
@@ -78,6 +81,8 @@ mod tests {
         let status = invalid_argument(vec![Violation::new("sampling.top_p", "is NaN, expected above 0 and up to 1")]);
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(field_violations(&status)["sampling.top_p"].contains("NaN"));
+        let status = invalid_argument(vec![Violation::new("n", "is 0"), Violation::new("", "3 more problems are not listed")]);
+        assert_eq!(status.message(), "n: is 0; 3 more problems are not listed");
         let status = failed_precondition(IMAGE_TOKENS_MISSING, ["ab".to_owned(), "cd".to_owned()], "put them first");
         assert_eq!(precondition_subjects(&status, IMAGE_TOKENS_MISSING), ["ab", "cd"]);
         assert!(precondition_subjects(&status, MODEL_FINGERPRINT).is_empty());
