@@ -24,7 +24,7 @@ pub struct Config {
     /// Tokens guessed ahead in each step from a sequence's own text (prompt lookup), checked in the same forward pass; 0 turns
     /// it off. The answer stays the same; it comes faster where it repeats the prompt.
     pub prompt_lookup_tokens: usize,
-    /// Requests that may be reserved, wait or run; more are refused.
+    /// Requests that may be reserved, wait or run, each of their choices counted; more are refused.
     pub max_requests: usize,
     /// How much earlier a request counts as having come for each step of its priority; 0 ignores priorities.
     pub priority_step_ms: u64,

@@ -89,8 +89,8 @@ impl Engine {
     }
 
     /// Queues a request, whose prompt and answer must fit into [`max_model_tokens`](Self::max_model_tokens); the events of all
-    /// its choices come out of the receiver, at most `max_new_tokens + 1` for each behind the prompt's log-probabilities. Dropping the receiver cancels them within
-    /// one step. If the engine has ended, the receiver is closed.
+    /// its choices come out of the receiver, at most `max_new_tokens + 1` for each behind the prompt's log-probabilities.
+    /// Dropping the receiver cancels them within one step. If the engine has ended, the receiver is closed.
     pub fn submit(&self, request: &Request, span: &Span) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
         self.stats.num_sequences.fetch_add(request.n, Ordering::Relaxed);

@@ -87,11 +87,11 @@ pub(crate) struct Levels {
 
 impl EngineMetrics {
     pub(crate) fn new() -> Self {
-        describe_gauge!("idefics_decoder_requests_waiting", "Requests that wait for blocks or for their turn");
-        describe_gauge!("idefics_decoder_requests_running", "Requests that hold blocks");
+        describe_gauge!("idefics_decoder_requests_waiting", "Choices of requests that wait for blocks or for their turn");
+        describe_gauge!("idefics_decoder_requests_running", "Choices of requests that hold blocks");
         describe_gauge!("idefics_decoder_kv_blocks_used", "Blocks of the KV cache that requests hold");
         describe_gauge!("idefics_decoder_kv_blocks", "Blocks of the KV cache");
-        describe_counter!("idefics_decoder_preemptions_total", "Requests that gave their blocks back and started over");
+        describe_counter!("idefics_decoder_preemptions_total", "Choices of requests that gave their blocks back and started over");
         describe_counter!("idefics_decoder_prompt_tokens_total", "Prompt tokens of requests that started");
         describe_counter!("idefics_decoder_cached_prompt_tokens_total", "Of these, tokens found in the prefix cache");
         describe_counter!("idefics_decoder_generated_tokens_total", "Tokens generated");

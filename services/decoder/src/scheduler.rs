@@ -22,8 +22,9 @@ pub struct Scheduled {
 }
 
 /// Sequences in order of arrival ([`Rank`](crate::sequence::Rank)): nobody overtakes, except that a request counts as having
-/// come earlier for its priority, or later. That bounds how long others can overtake it, so nobody starves. A running sequence takes blocks as it grows; when none
-/// are left, the latest arrival gives its own back and starts over later from what is still cached, so the oldest always gets on.
+/// come earlier for its priority, or later. That bounds how long others can overtake it, so nobody starves. A running sequence
+/// takes blocks as it grows; when none are left, the latest arrival gives its own back and starts over later from what is still
+/// cached, so the oldest always gets on.
 ///
 /// The choices of one request share its prompt's blocks: the first is queued alone, and the others join it, at its place in the
 /// order, once its prompt is in the cache and known by its hashes.
