@@ -1,5 +1,5 @@
-//! In front of the service: a request is named and gets its permit before its body is read, and its answer is named, also
-//! where the request never reached its method.
+//! In front of the service: a request is named and gets its permit before its body is read. From then on its deadline counts,
+//! and its answer is named, also where it never reaches its method.
 //!
 //! A body is up to `gateway.max_request_bytes` long and connections are many, so a gateway that decoded first and refused
 //! then would hold as many bodies as anyone cares to send.
@@ -119,7 +119,10 @@ where
         let stalled_client = self.stalled_client;
         let request = request.map(|body| Body::new(Upload { body, max_bytes, stalled_client, pause: Box::pin(sleep(stalled_client)) }));
         let answer = self.server.call(request);
-        Box::pin(async move { Ok(call.name(answer.await?)) })
+        Box::pin(async move {
+            let answer = async { Ok(answer.await.unwrap_or_else(|never| match never {})) };
+            Ok(call.within_deadline(answer).await.map_or_else(|status| call.sign(status).into_http(), |answer| call.name(answer)))
+        })
     }
 }
 

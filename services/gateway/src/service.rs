@@ -148,6 +148,7 @@ impl Gateway {
             let media = Media::new(&model_fingerprint, image_options, &pictures);
             Ok(Job { call, model_fingerprint, prompt, media, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
         });
+        // Admission keeps the deadline as well, but what it ends is not counted as a generation.
         let (job, permit) = deadline.within_deadline(prepare).await?;
         let (events, stream) = Events::channel(self.0.stalled_client);
         let gateway = self.clone();
@@ -262,9 +263,9 @@ impl GatewayService for Gateway {
                 let tokens = token_ids.iter().map(|id| inner.tokenizer.token(*id).unwrap_or_default()).collect();
                 Ok(pb::TokenizeResponse { token_ids, tokens, image_tokens })
             });
-            Ok(tokenize.await?.0)
+            tokenize.await.map(|(response, _)| response)
         };
-        Ok(Response::new(call.within_deadline(work).instrument(span).await?))
+        Ok(Response::new(work.instrument(span).await?))
     }
 
     async fn encode_images(&self, mut request: Request<pb::EncodeImagesRequest>) -> Result<Response<pb::EncodeImagesResponse>, Status> {
@@ -281,7 +282,7 @@ impl GatewayService for Gateway {
         };
         let work = async {
             tokio::select! {
-                response = call.within_deadline(work) => response,
+                response = work => response,
                 () = self.0.shutdown.cancel.cancelled() => Err(cancelled()),
             }
         };

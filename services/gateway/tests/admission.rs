@@ -96,6 +96,18 @@ async fn upload_that_pauses_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn upload_that_outlasts_its_deadline_is_given_up() {
+    let world = narrow().await;
+    let request = http::Request::post("/idefics.gateway.v1.GatewayService/Chat").header("content-type", "application/grpc");
+    let request = request.header("grpc-timeout", "500m").body(unfinished([Bytes::from_static(b"\0\0\0")])).unwrap();
+    let response = in_process(world.gateway.clone().into_server()).call(request).await.unwrap();
+    let status = Status::from_header_map(response.headers()).expect("no message came");
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert!(status.message().contains("500 ms after receipt"), "{status:?}");
+    assert!(ask(&world, chat(vec![text("?")])).await.error.is_none(), "the permit is free again");
+}
+
+#[tokio::test(start_paused = true)]
 async fn upload_that_is_slow_but_goes_on_is_served() {
     let world = narrow().await;
     let message = prost::Message::encode_to_vec(&pb::TokenizeRequest {
