@@ -27,8 +27,16 @@ impl Violation {
     }
 }
 
-/// `INVALID_ARGUMENT` with a field violation each.
-pub fn invalid_argument(violations: Vec<Violation>) -> Status {
+/// Most violations in a status: statuses travel in headers, which proxies and clients bound.
+const MAX_VIOLATIONS: usize = 33;
+
+/// `INVALID_ARGUMENT` with a field violation each; of too many the first ones, and how many more there are.
+pub fn invalid_argument(mut violations: Vec<Violation>) -> Status {
+    if violations.len() > MAX_VIOLATIONS {
+        let more = violations.len() - (MAX_VIOLATIONS - 1);
+        violations.truncate(MAX_VIOLATIONS - 1);
+        violations.push(Violation::new("", format!("{more} more problems")));
+    }
     // One without a field is about the request as a whole.
     let described =
         violations.iter().map(|v| if v.field.is_empty() { v.description.clone() } else { format!("{}: {}", v.field, v.description) });
@@ -75,6 +83,13 @@ pub fn field_violations(status: &Status) -> HashMap<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn too_many_violations_are_counted() {
+        let status = invalid_argument((0..2000).map(|i| Violation::new(format!("sampling.logit_bias[{i}]"), "is too large")).collect());
+        assert_eq!(field_violations(&status).len(), MAX_VIOLATIONS);
+        assert!(status.message().ends_with("sampling.logit_bias[31]: is too large; 1968 more problems"), "{}", status.message());
+    }
 
     #[test]
     fn violations_survive_the_wire_format() {
