@@ -133,7 +133,7 @@ impl Coordinator {
         };
         // From here on, dropping the stream is what cancels.
         reservation.keep();
-        if stream.first.is_some() {
+        if stream.first.as_ref().is_some_and(|first| first.event.is_some()) {
             // No other decoder will take the request now, so nobody will ask for its pictures.
             job.media.drop_pictures();
         }
