@@ -191,7 +191,7 @@ impl<B: Backend> Worker<B> {
                 tracing::error!(%error, "decoder step failed");
                 self.fail(&step, &error.to_string());
                 if matches!(error, Error::Device(_)) {
-                    return;
+                    return self.metrics.ended();
                 }
             }
             self.publish();

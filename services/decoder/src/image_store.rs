@@ -281,7 +281,8 @@ impl ImageStore {
         Ok(found)
     }
 
-    fn expire(&mut self) {
+    /// Ends the reservations whose lease has ended. Every other call does it too.
+    pub fn expire(&mut self) {
         let now = Instant::now();
         self.reservations.retain(|_, reservation| reservation.expires_at > now);
         self.metrics.set_reservations(self.reservations.len());

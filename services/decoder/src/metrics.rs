@@ -129,6 +129,13 @@ impl EngineMetrics {
         self.preemptions.absolute(levels.preemptions as u64);
     }
 
+    /// Shows that the engine has nothing any more: everything that it had has ended with it.
+    pub(crate) fn ended(&self) {
+        for gauge in [&self.requests_waiting, &self.requests_running, &self.kv_blocks_used] {
+            gauge.set(0.0);
+        }
+    }
+
     /// Records a step that took `elapsed`.
     pub(crate) fn step(&self, step: &[Scheduled], elapsed: Duration) {
         let decodes = step.iter().filter(|part| part.num_tokens == 1 + part.num_drafts).count();

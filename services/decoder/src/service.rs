@@ -300,6 +300,8 @@ impl DecoderService for Decoder {
 
     async fn get_info(&self, _: Request<pb::GetInfoRequest>) -> Result<Response<pb::GetInfoResponse>, Status> {
         self.check_accepting()?;
+        // Gateways ask every few seconds: what a lost one has reserved is freed even if nothing else happens.
+        self.images().expire();
         Ok(Response::new(pb::GetInfoResponse {
             model_fingerprint: self.fingerprint.clone(),
             max_model_tokens: self.engine.max_model_tokens() as u32,
