@@ -53,6 +53,8 @@ pub struct Answer {
     pub completion_tokens: u32,
     /// The prompt's forward passes, as the server says.
     pub prefill_ms: f64,
+    /// All that vision and decoder say they did or waited for before the first token, the prompt's forward passes among it.
+    pub before_first_token_ms: f64,
 }
 
 /// Why a request was not answered.
@@ -172,6 +174,12 @@ impl Transcript {
             cached_tokens: usage.cached_tokens,
             completion_tokens: usage.completion_tokens,
             prefill_ms: timings.prefill_ms,
+            before_first_token_ms: timings.preprocess_ms
+                + timings.encode_queue_ms
+                + timings.encode_ms
+                + timings.ship_ms
+                + timings.queue_ms
+                + timings.prefill_ms,
         })
     }
 }

@@ -45,11 +45,12 @@ pub(crate) fn details(run: &RunReport) -> String {
     for (kind, summary) in run.by_kind.iter().filter(|(_, summary)| summary.answered > 0) {
         let per_request = |tokens: u64| tokens as f64 / summary.answered as f64;
         lines.push(format!(
-            "{:<14} prompt {:.1} tokens, {:.1} of them cached, prefill p50 {:.1} ms",
+            "{:<14} prompt {:.1} tokens, {:.1} of them cached, prefill p50 {:.1} ms, added to the first token p50 {:.1} ms",
             format!("{kind:?}"),
             per_request(summary.prompt_tokens),
             per_request(summary.cached_prompt_tokens),
             summary.prefill_ms.map_or(0.0, |prefill| prefill.p50),
+            summary.added_ttft_ms.map_or(0.0, |added| added.p50),
         ));
     }
     lines.extend(servers(&run.roles));
