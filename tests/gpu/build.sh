@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Builds into target/gpu/ what tests/gpu/run.sh needs on the machine with the card, which need not have a Rust toolchain, and says
+# how large it is.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+cargo build --release --locked -p idefics -p idefics-load -p idefics-engine-bench
+cuda_tests=$(cargo test --release --locked -p idefics-kernels --test cuda --no-run --message-format=json |
+    python3 -c 'import json, sys; print(*(m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable") and m["target"]["name"] == "cuda"))')
+
+mkdir -p target/gpu
+for binary in idefics idefics-load idefics-engine-bench; do
+    strip -o "target/gpu/$binary" "target/release/$binary"
+done
+strip -o target/gpu/cuda-tests "$cuda_tests"
+
+du -sh --apparent-size target/gpu/*
+tracked=$(git ls-files -z | du --files0-from=- -c --apparent-size -b | tail -1 | cut -f1)
+built=$(du -s --apparent-size -b target/gpu | cut -f1)
+echo "target/gpu $((built >> 20)) MiB, tracked files $((tracked >> 20)) MiB, together $(((built + tracked) >> 20)) MiB"

@@ -1,0 +1,218 @@
+"""`transformers` beside `idefics`: the reference of parity.py, and the other side of every measurement.
+
+    peer.py parity CHECKPOINT --prompts FILE.json --out FILE.npz    log-probabilities and image tokens in f32 and bf16
+    peer.py speed CHECKPOINT --seconds N                            the card's roofs, load, vision, prefill and decode in bf16, a
+                                                                    line of JSON for each, as far as the time goes
+
+Works with transformers 4.57 and 5, on a card (`--device cuda`) or, for a dry run, on the CPU.
+"""
+import argparse
+import json
+import pathlib
+import statistics
+import time
+
+import numpy as np
+import torch
+from transformers import AutoConfig, Idefics2ForConditionalGeneration
+
+import cases
+
+# What `--wrong` changes in the reference, which then differs from idefics in one formula: parity.py must notice each.
+WRONG = {
+    "none": lambda config: None,
+    "rope": lambda config: set_rope_theta(config.text_config, 1.05),
+    "text-norm": lambda config: setattr(config.text_config, "rms_norm_eps", 1e-1),
+    "vision-norm": lambda config: setattr(config.vision_config, "layer_norm_eps", 1e-1),
+    "vision-gelu": lambda config: setattr(config.vision_config, "hidden_act", "silu"),
+    "perceiver-mlp": lambda config: setattr(config.perceiver_config, "hidden_act", "gelu"),
+}
+
+
+def set_rope_theta(config, factor):
+    parameters = getattr(config, "rope_parameters", None)  # transformers 5
+    if parameters is None:
+        config.rope_theta *= factor
+    else:
+        parameters["rope_theta"] *= factor
+
+
+def load(folder, dtype, device, wrong="none"):
+    config = AutoConfig.from_pretrained(folder)
+    WRONG[wrong](config)
+    options = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+    try:
+        # Straight to the card where accelerate is installed.
+        model = Idefics2ForConditionalGeneration.from_pretrained(folder, device_map=device, **options)
+    except (ImportError, ValueError):
+        model = Idefics2ForConditionalGeneration.from_pretrained(folder, **options).to(device)
+    return model.eval()
+
+
+def pixels(tiles, dtype, device):
+    """`pixel_values` [1, tiles, 3, H, W] and their mask, tiles of different sizes padded as Idefics2ImageProcessor does."""
+    height, width = max(t.shape[0] for t in tiles), max(t.shape[1] for t in tiles)
+    values = torch.zeros(1, len(tiles), 3, height, width, dtype=torch.float32)
+    mask = torch.zeros(1, len(tiles), height, width, dtype=torch.bool)
+    for i, tile in enumerate(tiles):
+        x = torch.from_numpy(tile.astype(np.float32)).permute(2, 0, 1)
+        values[0, i, :, : tile.shape[0], : tile.shape[1]] = (x / 255 - 0.5) / 0.5
+        mask[0, i, : tile.shape[0], : tile.shape[1]] = True
+    return values.to(device, dtype), mask.to(device)
+
+
+def image_tokens(model, values, mask):
+    """[tiles x latents, hidden]"""
+    out = model.model.get_image_features(values, mask)
+    out = getattr(out, "pooler_output", out)  # transformers 5
+    return out.reshape(-1, out.shape[-1])
+
+
+def parity(options, plan):
+    prompts, arrays = json.loads(options.prompts.read_text()), {}
+    for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        model = load(options.checkpoint, dtype, options.device, options.wrong)
+        for picture in plan.parity_pictures:
+            tokens = image_tokens(model, *pixels(picture.tiles(), dtype, options.device))
+            arrays[f"{name} image {picture.name}"] = tokens.float().cpu().numpy()
+        for number, prompt in enumerate(prompts):
+            inputs = {"input_ids": torch.tensor([prompt["ids"]], device=options.device)}
+            if prompt["picture"]:
+                inputs["pixel_values"], inputs["pixel_attention_mask"] = pixels(plan.parity_pictures[0].tiles(), dtype, options.device)
+            logits = model(**inputs).logits.float()
+            arrays[f"{name} logprobs {number}"] = torch.log_softmax(logits[0], dim=-1).cpu().numpy()
+        del model
+        empty_cache(options.device)
+    np.savez(options.out, **arrays)
+
+
+def on_card(device):
+    return device.startswith("cuda")
+
+
+def synchronize(device):
+    if on_card(device):
+        torch.cuda.synchronize()
+
+
+def empty_cache(device):
+    if on_card(device):
+        torch.cuda.empty_cache()
+
+
+def timed(device, work, warm=2, repeats=5):
+    """Median milliseconds of `work`, after `warm` calls that do not count."""
+    for _ in range(warm):
+        work()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def roofs(device, plan):
+    """What the card gives: bytes a second of a copy, counting reads and writes; a product of bf16 matrices, FLOP a second."""
+    x = torch.randint(0, 256, (plan.roof_copy_bytes,), dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    copy = timed(device, lambda: y.copy_(x), warm=2, repeats=9)
+    n = plan.roof_matmul
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = timed(device, lambda: a @ b, warm=3, repeats=9)
+    what = torch.cuda.get_device_name() if on_card(device) else "cpu"
+    return {"device": what, "copy_bytes_per_s": 2 * x.numel() / copy * 1e3, "matmul_flop_per_s": 2 * n**3 / product * 1e3}
+
+
+def random_ids(model, batch, tokens):
+    return torch.randint(3, model.config.text_config.vocab_size - 16, (batch, tokens), device=model.device)
+
+
+class Decoder:
+    """The model with a cache that grows, for sequences of one length. All have the same keys and values: the time does not
+    depend on them."""
+
+    def __init__(self, model, batch, context):
+        self.model, self.cache = model, None
+        # In chunks, so that the activations fit beside the cache.
+        for ids in random_ids(model, 1, context).split(1024, dim=1):
+            out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache = out.past_key_values
+        self.cache.batch_repeat_interleave(batch)
+        self.next = random_ids(model, batch, 1)
+
+    def step(self):
+        out = self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.next = out.logits[:, -1:].argmax(-1)
+
+
+def static_cache_step(model, context):
+    """Milliseconds a step of one sequence in `generate` with a static cache, which compiles the model on a card."""
+    ids = random_ids(model, 1, context)
+
+    def generate(tokens):
+        synchronize(str(model.device))
+        start = time.perf_counter()
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, cache_implementation="static")
+        synchronize(str(model.device))
+        return (time.perf_counter() - start) * 1e3
+
+    # The cache has the size of the answer, and another size is another compilation: one size, and a step of it less the prefill.
+    new_tokens = 64
+    generate(new_tokens)
+    generate(new_tokens)
+    prefill = timed(str(model.device), lambda: model(input_ids=ids, logits_to_keep=1))
+    return (min(generate(new_tokens) for _ in range(3)) - prefill) / (new_tokens - 1)
+
+
+def speed(options, plan):
+    end = time.monotonic() + options.seconds
+    device = options.device
+
+    def measure(case, work):
+        """A line for `case` with what `work` returns, or why there is nothing. What `transformers` cannot is no fault of ours."""
+        try:
+            result = work() if time.monotonic() < end else {"why": "out of time"}
+        except Exception as error:
+            result = {"why": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps(case | result), flush=True)
+        empty_cache(device)
+
+    measure({"kind": "roofs"}, lambda: roofs(device, plan))
+    start = time.perf_counter()
+    model = load(options.checkpoint, torch.bfloat16, device)
+    synchronize(device)
+    print(json.dumps({"kind": "load", "engine": "both", "seconds": time.perf_counter() - start}), flush=True)
+    for picture in plan.speed_pictures:
+        values, mask = pixels(picture.tiles(), torch.bfloat16, device)
+        measure({"kind": "vision", "name": picture.name}, lambda: {"ms": timed(device, lambda: image_tokens(model, values, mask), repeats=plan.repeats)})
+    for tokens in plan.prefill_tokens:
+        ids = random_ids(model, 1, tokens)
+        measure({"kind": "prefill", "tokens": tokens}, lambda: {"ttft_ms": timed(device, lambda: model(input_ids=ids, logits_to_keep=1), repeats=plan.repeats)})
+    for batch, context in plan.decode:
+        measure({"kind": "decode", "batch": batch, "context": context}, lambda: {"ms": timed(device, Decoder(model, batch, context).step, warm=3, repeats=3 * plan.repeats)})
+    measure({"kind": "decode_static", "batch": 1, "context": plan.static_context}, lambda: {"ms": static_cache_step(model, plan.static_context)})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["parity", "speed"])
+    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--prompts", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--wrong", choices=WRONG, default="none")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    # f32 is f32: TF32 would be a reference little better than bf16.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    {"parity": parity, "speed": speed}[options.mode](options, cases.QUICK if options.quick else cases.FULL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Programs that are started, logged, and ended with all that they started."""
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+
+
+class Failed(Exception):
+    """A program ended with an error, or took too long."""
+
+
+def start(command, **options):
+    # A group of its own, so that what it started ends with it.
+    return subprocess.Popen([str(part) for part in command], start_new_session=True, stdin=subprocess.DEVNULL, **options)
+
+
+def end(process):
+    """Asks politely, then does not ask. Returns when the process is gone."""
+    for sign, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            pass
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+        if sign == signal.SIGKILL:
+            return
+
+
+def run_logged(command, log, timeout, on_line=None, ok=(0,)):
+    """Runs to the end, everything said going to `log`; each line on standard output to `on_line` too, as soon as it is there."""
+    log.write(f"$ {' '.join(map(str, command))}\n")
+    log.flush()
+    process = start(command, stdout=subprocess.PIPE if on_line else log, stderr=log, text=True)
+    reader = None
+    try:
+        if on_line:
+            def read():
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    on_line(line)
+
+            reader = threading.Thread(target=read, daemon=True)
+            reader.start()
+        code = process.wait(max(timeout, 1))
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{os.path.basename(str(command[0]))} was ended after {timeout:.0f} s") from None
+    finally:
+        end(process)
+        if reader:
+            reader.join(10)
+    if code not in ok:
+        raise Failed(f"{os.path.basename(str(command[0]))} ended with {code}")
+
+
+def json_lines(into):
+    """An `on_line` that appends each line that is JSON to the list `into`."""
+
+    def take(line):
+        try:
+            into.append(json.loads(line))
+        except ValueError:
+            pass
+
+    return take
+
+
+class Server:
+    """`idefics serve`, ready."""
+
+    READY_SECONDS = 120
+
+    def __init__(self, binary, checkpoint, device, log):
+        command = [binary, "serve", "--grpc-addr", "127.0.0.1:0", "--log-format", "json", "--device", device]
+        command += ["--model", checkpoint] if checkpoint else []
+        log.write(f"$ {' '.join(map(str, command))}\n")
+        log.flush()
+        self.process, lines = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), queue.Queue()
+
+        def read():
+            for line in self.process.stderr:
+                log.write(line)
+                log.flush()
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            self.endpoint = f"http://{self.address(lines)}"
+        except BaseException:
+            end(self.process)
+            raise
+
+    def address(self, lines):
+        while True:
+            try:
+                line = lines.get(timeout=self.READY_SECONDS)
+            except queue.Empty:
+                raise Failed(f"idefics serve was not ready after {self.READY_SECONDS} s") from None
+            if line is None:
+                raise Failed("idefics serve ended before it was ready")
+            try:
+                fields = json.loads(line)["fields"]
+            except (ValueError, KeyError):
+                continue
+            if fields.get("message") == "ready":
+                return fields["grpc_addr"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        end(self.process)

@@ -1,0 +1,221 @@
+"""The acceptance of the CUDA backend on a machine with a card; run.sh prepares it. README.md says what each part means.
+
+Each part stands alone: one that fails or takes too long is reported, its log is kept, and the next one runs.
+"""
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import cases
+import parity
+import report
+from processes import Failed, end, json_lines, run_logged, start
+
+HERE = pathlib.Path(__file__).resolve().parent
+# Seconds that a part may take on a card; whatever the others leave is the last one's.
+PARTS = {"ops": 150, "engine": 150, "parity": 150, "serving": 130, "peer": 600}
+# Seconds that are kept for each part to come.
+RESERVE = 20
+LOG_BYTES = 8 << 20
+
+
+class Bench:
+    """What the parts share."""
+
+    def __init__(self, options):
+        self.device, self.peer_device, self.wrong = options.device, options.peer_device, options.wrong
+        self.plan = cases.QUICK if options.quick else cases.FULL
+        self.quick = options.quick
+        self.repository = HERE.parent.parent
+        self.work, self.out = options.work, options.out
+        self.deadline = time.monotonic() + options.seconds
+        self.end_of_part = self.deadline
+        self.makers, self.made = [], {}
+        self.lock = threading.Lock()
+
+    def binary(self, name):
+        return self.repository / "target/gpu" / name
+
+    def left(self):
+        """Seconds that the part may still take."""
+        return self.end_of_part - time.monotonic()
+
+    def make_checkpoints(self, names):
+        """Starts to write them, while parts run that need none. Threads of one process each: the second waits for the first."""
+        events = {name: threading.Event() for name in names}
+        self.made = {name: {"event": event} for name, event in events.items()}
+
+        def make():
+            for name, event in events.items():
+                started_at = time.monotonic()
+                arguments = self.plan.parity_checkpoint if name == "parity" else self.plan.speed_checkpoint
+                with open(self.work / f"make_{name}.log", "w") as log:
+                    maker = start([sys.executable, self.repository / "tests/bench/make_checkpoint.py", self.work / name, *arguments], stdout=log, stderr=log)
+                    with self.lock:
+                        self.makers.append(maker)
+                    self.made[name]["code"] = maker.wait()
+                self.made[name]["seconds"] = time.monotonic() - started_at
+                event.set()
+
+        threading.Thread(target=make, daemon=True).start()
+
+    def checkpoint(self, name):
+        """The folder, once it is written."""
+        made = self.made[name]
+        if not made["event"].wait(max(self.left(), 1)):
+            raise Failed(f"the checkpoint for {name} was not written in time")
+        if made["code"] != 0:
+            raise Failed(f"make_checkpoint.py ended with {made['code']}: {(self.work / f'make_{name}.log').read_text()[-500:]}")
+        return self.work / name
+
+    def peer(self, arguments, log, on_line=None):
+        quick = ["--quick"] if self.quick else []
+        run_logged([sys.executable, HERE / "peer.py", *arguments, "--device", self.peer_device, *quick], log, self.left(), on_line)
+
+
+def ops(bench, log):
+    """Every op of the CUDA backend against f64."""
+    run_logged([bench.binary("cuda-tests"), "--ignored", "--test-threads", str(min(8, os.cpu_count()))], log, bench.left())
+    return {"passed": True}
+
+
+def engine(bench, log):
+    plan, lines = bench.plan, []
+    command = [
+        bench.binary("idefics-engine-bench"), "--model", bench.checkpoint("speed"), "--device", bench.device,
+        "--pictures", ",".join(picture.name for picture in plan.speed_pictures), "--prefill", ",".join(map(str, plan.prefill_tokens)),
+        "--decode", ",".join(f"{batch}x{context}" for batch, context in plan.decode), "--steps", plan.steps, "--repeats", plan.repeats,
+        "--max-num-seqs", plan.max_num_seqs, "--max-num-batched-tokens", plan.max_num_batched_tokens,
+    ]
+    try:
+        run_logged(command, log, bench.left(), json_lines(lines))
+    finally:
+        # What was measured counts, whatever came after.
+        bench.partial["engine"] = lines
+    return lines
+
+
+def serving(bench, log):
+    """The three roles as processes, under load from one client to many."""
+    plan, folder = bench.plan, bench.out
+    settings = {"backend.device": bench.device, "decoder.max_num_seqs": plan.max_num_seqs, "decoder.max_num_batched_tokens": plan.max_num_batched_tokens}
+    command = [bench.binary("idefics-load"), "sweep", "--bin", bench.binary("idefics"), "--model", bench.checkpoint("speed"), "--out", bench.work / "load", "--settle", "0.2", "--check"]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    try:
+        run_logged([*command, *plan.load], log, bench.left())
+    finally:
+        file = bench.work / "load/sweep.json"
+        if file.exists():
+            (folder / "sweep.json").write_bytes(file.read_bytes())
+            bench.partial["serving"] = [level_row(level) for level in json.loads(file.read_text())["sweep"]["levels"]]
+    return bench.partial["serving"]
+
+
+def level_row(level):
+    total = level["run"]["total"]
+    quantile = lambda name, q, summary=total: (summary.get(name) or {}).get(q)
+    return {
+        "concurrency": level["concurrency"], "requests_per_s": total["requests_per_s"], "tokens_per_s": total["output_tokens_per_s"],
+        "ttft_p50_ms": quantile("ttft_ms", "p50"), "ttft_p99_ms": quantile("ttft_ms", "p99"), "itl_p50_ms": quantile("inter_token_ms", "p50"),
+        # Of requests without a picture: vision's stages overlap with others.
+        "added_ttft_ms": quantile("added_ttft_ms", "p50", level["run"]["by_kind"].get("text", {})),
+    }
+
+
+def peer(bench, log):
+    lines = []
+    try:
+        bench.peer(["speed", bench.checkpoint("speed"), "--seconds", max(bench.left() - 30, 1)], log, json_lines(lines))
+    finally:
+        bench.partial["peer"] = lines
+    return lines
+
+
+RUN = {"ops": ops, "engine": engine, "parity": parity.run, "serving": serving, "peer": peer}
+
+
+def shorten(file):
+    """Keeps the end of a log."""
+    if file.stat().st_size > LOG_BYTES:
+        file.write_bytes(file.read_bytes()[-LOG_BYTES:])
+
+
+def run_parts(bench, parts, results):
+    for index, part in enumerate(parts):
+        started_at = time.monotonic()
+        limit = PARTS[part] if not bench.quick else 600
+        bench.end_of_part = min(started_at + limit, bench.deadline - RESERVE * (len(parts) - index - 1))
+        bench.partial = {}
+        file = bench.out / f"{part}.log"
+        with open(file, "w") as log:
+            try:
+                if bench.left() <= 0:
+                    raise Failed("no time was left")
+                results[part] = RUN[part](bench, log)
+                wrong = [row["what"] for row in results[part] if not row["ok"]] if part == "parity" else []
+                if wrong:
+                    results["errors"][part] = f"wrong: {', '.join(wrong)}"
+            except Exception as error:
+                results.update(bench.partial)
+                results["errors"][part] = f"{type(error).__name__}: {error}"
+        shorten(file)
+        results["seconds"][part] = time.monotonic() - started_at
+        print(f"{part}: {results['errors'].get(part, 'done')} ({results['seconds'][part]:.0f} s)", flush=True)
+        if part in results["errors"]:
+            print("\n".join(file.read_text(errors="replace").splitlines()[-25:]), flush=True)
+        (bench.out / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def describe():
+    """The card and its driver."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0", help="where idefics computes")
+    parser.add_argument("--peer-device", default="cuda", help="where transformers computes")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that every step works")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them")
+    parser.add_argument("--wrong", default="none", help="a formula to change in the reference: parity must fail (see peer.py)")
+    parser.add_argument("--seconds", type=float, default=510, help="for everything")
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="an empty folder for checkpoints: 22 GB")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for results and logs")
+    options = parser.parse_args()
+    parts = options.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts is {options.parts}, expected some of {','.join(PARTS)}")
+    for folder in (options.work, options.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    results = {"device": options.device, "card": describe(), "quick": options.quick, "seconds": {}, "errors": {}}
+    needed = {"speed": {"engine", "serving", "peer"}, "parity": {"parity"}}
+    bench.make_checkpoints([name for name, users in needed.items() if users & set(parts)])
+    try:
+        run_parts(bench, parts, results)
+    finally:
+        for maker in bench.makers:
+            end(maker)
+    results["make_checkpoint_seconds"] = {name: made.get("seconds") for name, made in bench.made.items()}
+    speed = bench.made.get("speed", {})
+    work = report.Work(bench.work / "speed") if speed.get("code") == 0 else None
+    text = report.table(bench.plan, work, results)
+    results["targets"] = [dict(zip(("what", "value", "comparison", "limit"), row)) for row in report.targets(bench.plan, work, results)] if work else []
+    (bench.out / "results.json").write_text(json.dumps(results, indent=1))
+    (bench.out / "table.txt").write_text(text + "\n")
+    print(f"\n{results['card'] or 'no nvidia-smi'}; parts took {', '.join(f'{part} {s:.0f} s' for part, s in results['seconds'].items())}")
+    print(text, flush=True)
+    return 1 if results["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
