@@ -6,14 +6,18 @@ use idefics_kernels::{
     Backend, DType, Element, Tensor,
     cuda::{Cuda, CudaOptions},
 };
+use std::sync::Once;
 
 /// What rounding a value to bf16 costs at most, relative to it: half a unit in the last of 8 bits.
 pub(crate) const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
-/// The first card, or its emulation. The kernels are compiled anew each time: nothing of another version is tested.
+/// The first card, or its emulation. The first test compiles the kernels, and the others find them in the user's cache, where
+/// they are known by all that goes into them: nothing of another version is tested.
 pub(crate) fn open() -> Cuda {
-    let folder = tempfile::tempdir().unwrap();
-    Cuda::open(&CudaOptions { ordinal: 0, cache_folder: Some(folder.path().to_owned()) }).unwrap()
+    static FIRST: Once = Once::new();
+    let open = || Cuda::open(&CudaOptions::default()).unwrap();
+    FIRST.call_once(|| drop(open()));
+    open()
 }
 
 /// As bf16 holds it.
