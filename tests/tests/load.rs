@@ -36,6 +36,7 @@ async fn sixty_four_callers_are_all_answered_and_no_block_leaks() {
         bin: env!("CARGO_BIN_EXE_idefics-under-test").into(),
         model: None,
         settings: settings.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec(),
+        log_folder: None,
     };
     let deployment = tokio::task::spawn_blocking(move || Deployment::start(&config)).await.unwrap().unwrap();
     let bench = Bench {

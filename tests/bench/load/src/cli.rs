@@ -102,7 +102,7 @@ pub struct CommonArgs {
     /// How long the processes rest before their memory is read, in seconds
     #[arg(long, default_value_t = 1.0, value_name = "S", help_heading = "Measurement")]
     pub settle: f64,
-    /// Folder for reports (JSON) and plots (SVG)
+    /// Folder for reports (JSON), plots (SVG), and the logs of roles that were started
     #[arg(long, value_name = "DIR", help_heading = "Measurement")]
     pub out: Option<PathBuf>,
     /// End with an error if requests fail, blocks leak, overload costs more than 5% of goodput, or the median refusal takes
@@ -132,11 +132,11 @@ pub struct TargetArgs {
 }
 
 impl TargetArgs {
-    /// The gateway's endpoint and who is watched; starts the roles if it is to. Blocks.
+    /// The gateway's endpoint and who is watched; starts the roles if it is to, with their logs in `log_folder`. Blocks.
     ///
     /// # Errors
     /// If the roles do not start.
-    pub fn resolve(&self) -> Result<(String, Observer)> {
+    pub fn resolve(&self, log_folder: Option<PathBuf>) -> Result<(String, Observer)> {
         match (&self.endpoint, &self.bin) {
             (Some(endpoint), None) => {
                 let metrics = self.metrics_addr.iter().map(|address| (address.clone(), address.clone())).collect();
@@ -144,7 +144,7 @@ impl TargetArgs {
             }
             (None, Some(bin)) => {
                 let model = (self.model.as_os_str() != "embedded").then(|| self.model.clone());
-                let config = DeploymentConfig { bin: bin.clone(), model, settings: self.settings.clone() };
+                let config = DeploymentConfig { bin: bin.clone(), model, settings: self.settings.clone(), log_folder };
                 let deployment = Deployment::start(&config)?;
                 Ok((deployment.endpoint.clone(), Observer::of(Arc::new(deployment))))
             }

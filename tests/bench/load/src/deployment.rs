@@ -4,7 +4,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::{
     collections::VecDeque,
-    io::{BufRead, BufReader},
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError, mpsc},
@@ -28,6 +29,8 @@ pub struct DeploymentConfig {
     pub model: Option<PathBuf>,
     /// Settings of every role, as `("decoder.prompt_lookup_tokens", "4")`.
     pub settings: Vec<(String, String)>,
+    /// Where each role's log is written, as `decoder.log`; nowhere if absent.
+    pub log_folder: Option<PathBuf>,
 }
 
 /// A gateway, a vision and a decoder role, ready.
@@ -82,10 +85,13 @@ impl Role {
         let Some(stderr) = child.stderr.take() else { bail!("the {name} role has no stderr") };
         let (announce, announced) = mpsc::channel();
         let log = Arc::new(Mutex::new(VecDeque::new()));
+        let mut file = config.log_folder.as_deref().map(|folder| log_file(folder, name)).transpose()?;
         let lines = Arc::clone(&log);
         thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 drop(announced_address(&line).map(|found| announce.send(found)));
+                // A disk that is full must not stop the role, which waits for its log to be read.
+                drop(file.as_mut().map(|file| writeln!(file, "{line}")));
                 let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
                 lines.truncate(LOG_LINES - 1);
                 lines.push_front(line);
@@ -122,6 +128,11 @@ impl Drop for Role {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+fn log_file(folder: &Path, role: &str) -> Result<File> {
+    let path = folder.join(format!("{role}.log"));
+    fs::create_dir_all(folder).and_then(|()| File::create(&path)).with_context(|| format!("{} cannot be written", path.display()))
 }
 
 /// `decoder.max_requests` as an environment variable.
@@ -190,7 +201,7 @@ mod tests {
 
     #[test]
     fn binary_that_does_not_exist_is_named() {
-        let config = DeploymentConfig { bin: "/no/idefics".into(), model: None, settings: vec![] };
+        let config = DeploymentConfig { bin: "/no/idefics".into(), model: None, settings: vec![], log_folder: None };
         let error = Deployment::start(&config).err().expect("it cannot be started").to_string();
         assert!(error.contains("/no/idefics") && error.contains("--bin"), "{error}");
     }

@@ -159,8 +159,8 @@ fn conversations_and_load(load: &LoadArgs, seed: u64) -> Result<(usize, Load), S
 /// Starts or finds the deployment, and warms it up.
 async fn open(common: CommonArgs) -> Result<(Bench, Report)> {
     common.check().map_err(anyhow::Error::msg)?;
-    let target = common.target.clone();
-    let (endpoint, observer) = tokio::task::spawn_blocking(move || target.resolve()).await??;
+    let (target, log_folder) = (common.target.clone(), common.out.clone());
+    let (endpoint, observer) = tokio::task::spawn_blocking(move || target.resolve(log_folder)).await??;
     let client = Client::connect(&endpoint, Duration::from_secs_f64(common.timeout)).await?;
     let model = client.model().await?;
     let settle = Duration::from_secs_f64(common.settle);
