@@ -36,14 +36,16 @@ class Widths:
     perceiver_heads: int
     perceiver_kv_heads: int
     shortest_edge: int
+    # Of the weights. Where less is added up, larger ones keep attention from looking at everything alike.
+    deviation: float
 
     @property
     def vision(self):
         return self.vision_heads * VISION_HEAD
 
 
-REAL = Widths(hidden=4096, mlp=14336, heads=32, kv_heads=8, vision_heads=16, vision_mlp=4304, perceiver_heads=16, perceiver_kv_heads=4, shortest_edge=378)
-NARROW = Widths(hidden=512, mlp=1024, heads=4, kv_heads=2, vision_heads=4, vision_mlp=592, perceiver_heads=4, perceiver_kv_heads=2, shortest_edge=56)
+REAL = Widths(hidden=4096, mlp=14336, heads=32, kv_heads=8, vision_heads=16, vision_mlp=4304, perceiver_heads=16, perceiver_kv_heads=4, shortest_edge=378, deviation=0.02)
+NARROW = Widths(hidden=512, mlp=1024, heads=4, kv_heads=2, vision_heads=4, vision_mlp=592, perceiver_heads=4, perceiver_kv_heads=2, shortest_edge=56, deviation=0.06)
 TEMPLATE = (
     "{% for message in messages %}{{message['role'].capitalize()}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
     "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
@@ -98,21 +100,24 @@ def layer(prefix, norms, hidden, q_width, kv_width, mlp):
     yield f"{prefix}mlp.down_proj.weight", (hidden, mlp)
 
 
-# Normal values of deviation 0.02 in bf16, drawn once: a tensor is a stretch of them, repeated. Their number is prime, so that no
-# two rows of a matrix are equal.
-POOL = (np.random.default_rng(0).standard_normal(7_999_993, dtype=np.float32) * 0.02).view(np.uint32) >> 16
-POOL = POOL.astype("<u2")
+def pool(deviation):
+    """Normal values in bf16: a tensor is a stretch of them, repeated. Their number is prime, so that no two rows of a matrix are
+    equal."""
+    values = np.random.default_rng(0).standard_normal(7_999_993, dtype=np.float32) * deviation
+    return (values.view(np.uint32) >> 16).astype("<u2")
+
+
 ONE = np.array([1.0], dtype=np.float32).view(np.uint32)[0] >> 16
 
 
-def values(name, shape, offset):
-    """The elements, flat; `offset` is where the stretch begins."""
+def values(pool, name, shape, offset):
+    """The elements, flat; `offset` is where the stretch of `pool` begins."""
     if len(shape) == 1:
         return np.full(shape, ONE if name.endswith("weight") else 0, dtype="<u2")
     out = np.empty(int(np.prod(shape)), dtype="<u2")
-    at, start = 0, offset % len(POOL)
+    at, start = 0, offset % len(pool)
     while at < len(out):
-        piece = POOL[start : start + len(out) - at]
+        piece = pool[start : start + len(out) - at]
         out[at : at + len(piece)] = piece
         at, start = at + len(piece), 0
     if name == "lm_head.weight":
@@ -120,7 +125,7 @@ def values(name, shape, offset):
     return out
 
 
-def write_weights(folder, tensors):
+def write_weights(folder, pool, tensors):
     shards, size = [[]], 0
     for name, shape in tensors:
         nbytes = 2 * int(np.prod(shape))
@@ -141,21 +146,21 @@ def write_weights(folder, tensors):
         head += b" " * (-len(head) % 8)
         (folder / file).write_bytes(struct.pack("<Q", len(head)) + head)
         for name, shape, nbytes in shard:
-            parts.append((folder / file, 8 + len(head) + header[name]["data_offsets"][0], name, shape, total))
+            parts.append((folder / file, 8 + len(head) + header[name]["data_offsets"][0], pool, name, shape, total))
             total += nbytes
     # Copies and writes leave Python's lock alone.
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        list(pool.map(write_tensor, parts))
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as threads:
+        list(threads.map(write_tensor, parts))
     if len(shards) > 1:
         write(folder, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
 
 
 def write_tensor(part):
-    file, at, name, shape, offset = part
+    file, at, *tensor = part
     with open(file, "r+b") as out:
         out.seek(at)
-        out.write(values(name, shape, offset).data)
+        out.write(values(*tensor).data)
 
 
 def write(folder, name, value):
@@ -199,7 +204,7 @@ def make(folder, text_layers, vision_layers, widths=REAL):
         "image_processor_type": "Idefics2ImageProcessor", "processor_class": "Idefics2Processor", "resample": 2, "rescale_factor": 1 / 255, "size": {"longest_edge": 980, "shortest_edge": w.shortest_edge}})
     write(folder, "processor_config.json", {"image_seq_len": LATENTS, "processor_class": "Idefics2Processor"})
     write_tokenizer(folder)
-    return write_weights(folder, shapes(widths, text_layers, vision_layers))
+    return write_weights(folder, pool(w.deviation), shapes(w, text_layers, vision_layers))
 
 
 if __name__ == "__main__":
