@@ -53,6 +53,7 @@ class Plan:
     repeats: int
     max_num_batched_tokens: int
     max_num_seqs: int
+    kv_cache_bytes: int  # of servers; the engines alone get what their cases need
     static_context: int  # of transformers' compiled decoding
     roof_copy_bytes: int
     roof_matmul: int
@@ -73,6 +74,7 @@ FULL = Plan(
     repeats=7,
     max_num_batched_tokens=2048,
     max_num_seqs=64,
+    kv_cache_bytes=16 << 30,
     static_context=512,
     roof_copy_bytes=2 << 30,
     roof_matmul=8192,
@@ -96,6 +98,7 @@ QUICK = Plan(
     repeats=1,
     max_num_batched_tokens=64,
     max_num_seqs=4,
+    kv_cache_bytes=256 << 20,
     static_context=32,
     roof_copy_bytes=64 << 20,
     roof_matmul=512,

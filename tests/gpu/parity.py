@@ -108,7 +108,8 @@ def run(bench, log):
     folder.mkdir(exist_ok=True)
     rows = demo(bench, log)
     checkpoint = bench.checkpoint("parity")
-    with Server(bench.binary("idefics"), checkpoint, bench.device, log) as server:
+    settings = {"decoder.kv_cache_bytes": bench.plan.kv_cache_bytes}
+    with Server(bench.binary("idefics"), checkpoint, bench.device, log, settings) as server:
         tokens, prompts, answers = ours(bench.binary("idefics"), server, bench.plan, folder, log)
     (folder / "prompts.json").write_text(json.dumps(prompts))
     out = folder / "reference.npz"

@@ -22,6 +22,7 @@ import cases
 WRONG = {
     "none": lambda config: None,
     "rope": lambda config: set_rope_theta(config.text_config, 1.05),
+    "window": lambda config: setattr(config.text_config, "sliding_window", 24),
     "text-norm": lambda config: setattr(config.text_config, "rms_norm_eps", 1e-1),
     "vision-norm": lambda config: setattr(config.vision_config, "layer_norm_eps", 1e-1),
     "vision-gelu": lambda config: setattr(config.vision_config, "hidden_act", "silu"),

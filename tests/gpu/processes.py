@@ -71,16 +71,17 @@ def json_lines(into):
 
 
 class Server:
-    """`idefics serve`, ready."""
+    """`idefics serve`, ready. `settings` as in {"decoder.kv_cache_bytes": 1 << 30}."""
 
     READY_SECONDS = 120
 
-    def __init__(self, binary, checkpoint, device, log):
+    def __init__(self, binary, checkpoint, device, log, settings={}):
         command = [binary, "serve", "--grpc-addr", "127.0.0.1:0", "--log-format", "json", "--device", device]
         command += ["--model", checkpoint] if checkpoint else []
         log.write(f"$ {' '.join(map(str, command))}\n")
         log.flush()
-        self.process, lines = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), queue.Queue()
+        environment = os.environ | {f"IDEFICS_{key.upper().replace('.', '__')}": str(value) for key, value in settings.items()}
+        self.process, lines = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment), queue.Queue()
 
         def read():
             for line in self.process.stderr:

@@ -17,11 +17,14 @@ import report
 from processes import Failed, end, json_lines, run_logged, start
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Seconds that a part may take on a card; whatever the others leave is the last one's.
+# Seconds that a part may take of SECONDS; whatever the others leave is the last one's.
+SECONDS = 510
 PARTS = {"ops": 150, "engine": 150, "parity": 150, "serving": 130, "peer": 600}
 # Seconds that are kept for each part to come.
 RESERVE = 20
 LOG_BYTES = 8 << 20
+# Of a failed part's log; all of it is kept.
+SHOWN_LINES = 20
 
 
 class Bench:
@@ -30,7 +33,7 @@ class Bench:
     def __init__(self, options):
         self.device, self.peer_device, self.wrong = options.device, options.peer_device, options.wrong
         self.plan = cases.QUICK if options.quick else cases.FULL
-        self.quick = options.quick
+        self.quick, self.seconds = options.quick, options.seconds
         self.repository = HERE.parent.parent
         self.work, self.out = options.work, options.out
         self.deadline = time.monotonic() + options.seconds
@@ -103,12 +106,14 @@ def engine(bench, log):
 def serving(bench, log):
     """The three roles as processes, under load from one client to many."""
     plan, folder = bench.plan, bench.out
-    settings = {"backend.device": bench.device, "decoder.max_num_seqs": plan.max_num_seqs, "decoder.max_num_batched_tokens": plan.max_num_batched_tokens}
+    settings = {"backend.device": bench.device, "decoder.max_num_seqs": plan.max_num_seqs, "decoder.max_num_batched_tokens": plan.max_num_batched_tokens, "decoder.kv_cache_bytes": plan.kv_cache_bytes}
     command = [bench.binary("idefics-load"), "sweep", "--bin", bench.binary("idefics"), "--model", bench.checkpoint("speed"), "--out", bench.work / "load", "--settle", "0.2", "--check"]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     try:
         run_logged([*command, *plan.load], log, bench.left())
     finally:
+        for role in sorted((bench.work / "load").glob("*.log")):
+            log.write(f"--- {role.stem}\n{role.read_text(errors='replace')[-LOG_BYTES // 8 :]}")
         file = bench.work / "load/sweep.json"
         if file.exists():
             (folder / "sweep.json").write_bytes(file.read_bytes())
@@ -148,8 +153,7 @@ def shorten(file):
 def run_parts(bench, parts, results):
     for index, part in enumerate(parts):
         started_at = time.monotonic()
-        limit = PARTS[part] if not bench.quick else 600
-        bench.end_of_part = min(started_at + limit, bench.deadline - RESERVE * (len(parts) - index - 1))
+        bench.end_of_part = min(started_at + PARTS[part] * bench.seconds / SECONDS, bench.deadline - RESERVE * (len(parts) - index - 1))
         bench.partial = {}
         file = bench.out / f"{part}.log"
         with open(file, "w") as log:
@@ -167,7 +171,7 @@ def run_parts(bench, parts, results):
         results["seconds"][part] = time.monotonic() - started_at
         print(f"{part}: {results['errors'].get(part, 'done')} ({results['seconds'][part]:.0f} s)", flush=True)
         if part in results["errors"]:
-            print("\n".join(file.read_text(errors="replace").splitlines()[-25:]), flush=True)
+            print("\n".join(file.read_text(errors="replace").splitlines()[-SHOWN_LINES:]), flush=True)
         (bench.out / "results.json").write_text(json.dumps(results, indent=1))
 
 
@@ -187,7 +191,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that every step works")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them")
     parser.add_argument("--wrong", default="none", help="a formula to change in the reference: parity must fail (see peer.py)")
-    parser.add_argument("--seconds", type=float, default=510, help="for everything")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="an empty folder for checkpoints: 22 GB")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for results and logs")
     options = parser.parse_args()
