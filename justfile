@@ -28,6 +28,14 @@ ask IMAGE QUESTION:
 load *ARGS:
     cargo run --release -p idefics-load -- {{ARGS}}
 
+# Measure the engines alone: just engine-bench --model DIR --decode 1x512,8x512
+engine-bench *ARGS:
+    cargo run --release -p idefics-engine-bench -- {{ARGS}}
+
+# Build what the acceptance on a machine with a card needs there: tests/gpu/README.md.
+gpu-build:
+    tests/gpu/build.sh
+
 # Builds what stands in for driver, NVRTC and cuBLASLt.
 [private]
 emulation:

@@ -6,13 +6,19 @@ cd "$(dirname "$0")/../.."
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 OUT=${OUT:-target/gpu-results}
 
-# NVRTC and cuBLASLt of CUDA 13: torch's wheels bring them, else a toolkit. What is on LD_LIBRARY_PATH already goes first.
+# NVRTC and cuBLASLt of CUDA 13: torch's wheels bring them, else a toolkit. What is on LD_LIBRARY_PATH already goes first. The
+# driver is where the system's loader finds it, or where containers mount it.
 folders=$(python3 - <<'PYTHON'
-import glob, os, sysconfig
+import ctypes, glob, os, sysconfig
 site = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
 places = [f"{s}/nvidia/**" for s in site] + ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/x86_64-linux/lib"]
 for library in ("libnvrtc.so.13", "libcublasLt.so.13"):
     found = [file for place in places for file in sorted(glob.glob(f"{place}/{library}", recursive=True))]
+    print(os.path.dirname(found[0]) if found else "")
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    found = glob.glob("/usr/local/nvidia/lib*/libcuda.so.1") + glob.glob("/usr/local/cuda*/compat/libcuda.so.1")
     print(os.path.dirname(found[0]) if found else "")
 PYTHON
 ) || exit 1
