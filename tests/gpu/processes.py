@@ -31,10 +31,11 @@ def end(process):
             return
 
 
-def run_logged(command, log, timeout, on_line=None, ok=(0,)):
+def run_logged(command, log, timeout, on_line=None):
     """Runs to the end, everything said going to `log`; each line on standard output to `on_line` too, as soon as it is there."""
     log.write(f"$ {' '.join(map(str, command))}\n")
     log.flush()
+    name = " ".join(os.path.basename(str(part)) for part in command[:2])
     process = start(command, stdout=subprocess.PIPE if on_line else log, stderr=log, text=True)
     reader = None
     try:
@@ -49,13 +50,13 @@ def run_logged(command, log, timeout, on_line=None, ok=(0,)):
             reader.start()
         code = process.wait(max(timeout, 1))
     except subprocess.TimeoutExpired:
-        raise Failed(f"{os.path.basename(str(command[0]))} was ended after {timeout:.0f} s") from None
+        raise Failed(f"{name} was ended after {timeout:.0f} s") from None
     finally:
         end(process)
         if reader:
             reader.join(10)
-    if code not in ok:
-        raise Failed(f"{os.path.basename(str(command[0]))} ended with {code}")
+    if code != 0:
+        raise Failed(f"{name} ended with {code}")
 
 
 def json_lines(into):
