@@ -17,10 +17,10 @@ import cases
 from processes import Server, run_logged
 
 MAX_RATIO = 1.5
-# Relative L2 distance of image tokens, and root mean square of differences of log-probabilities in nats. bf16 rounds by 2^-9 on
-# average; some hundred independent roundings on the way make 2 %, and the logits of random weights have a deviation of about 1.
-MAX_IMAGE_DISTANCE = 0.05
-MAX_LOGPROB_RMS = 0.2
+# Relative L2 distance of image tokens, and root mean square of differences of log-probabilities in nats: twice the most that the
+# bf16 of `transformers` was seen off on a CPU, 0.052 (the split picture on real widths) and 0.073 (narrow).
+MAX_IMAGE_DISTANCE = 0.1
+MAX_LOGPROB_RMS = 0.15
 TOP = 20
 
 
