@@ -3,7 +3,7 @@
 use super::driver::{Stream, check};
 use crate::{GraphKey, Result};
 use cudarc::driver::{result, sys};
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, mem::ManuallyDrop, sync::Arc};
 
 /// How far a sequence of ops has got.
 enum Recording {
@@ -92,19 +92,49 @@ impl Graphs {
 
     fn record(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.stream.device().bind()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream lives; the capture is ended below whatever `f` does.
-        check("a capture cannot begin", unsafe { result::stream::begin_capture(self.stream.handle(), mode) })?;
-        let recorded = f();
-        // SAFETY: begun above.
-        let ended = unsafe { result::stream::end_capture(self.stream.handle()) };
-        recorded?;
-        let graph = check("a capture cannot end", ended)?;
+        let capture = Capture::begin(&self.stream)?;
+        f()?;
+        let template = capture.end()?;
         // SAFETY: captured above; the instance does not need the template.
-        let (instance, destroyed) =
-            unsafe { (result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)), result::graph::destroy(graph)) };
-        let instance = Graph(check("a graph cannot be instantiated", instance)?);
-        check("a captured graph cannot be freed", destroyed)?;
-        Ok(instance)
+        let instance = unsafe { result::graph::instantiate(template.0, sys::CUgraphInstantiate_flags(0)) };
+        check("a graph cannot be instantiated", instance).map(Graph)
+    }
+}
+
+/// A stream that records what is queued. Left without [`end`](Self::end), by an error or a panic, it goes back to running it.
+struct Capture<'a>(&'a Stream);
+
+impl<'a> Capture<'a> {
+    fn begin(stream: &'a Stream) -> Result<Self> {
+        // Other threads may allocate meanwhile: another engine loads, or ends.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives; the capture is ended whatever happens.
+        check("a capture cannot begin", unsafe { result::stream::begin_capture(stream.handle(), mode) })?;
+        Ok(Self(stream))
+    }
+
+    fn end(self) -> Result<Template> {
+        ManuallyDrop::new(self).end_once()
+    }
+
+    fn end_once(&self) -> Result<Template> {
+        // SAFETY: begun in `begin`; called by `end` or by `drop`.
+        check("a capture cannot end", unsafe { result::stream::end_capture(self.0.handle()) }).map(Template)
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        drop(self.end_once());
+    }
+}
+
+/// What was captured.
+struct Template(sys::CUgraph);
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        // SAFETY: captured once, destroyed once.
+        let _ = unsafe { result::graph::destroy(self.0) };
     }
 }

@@ -48,12 +48,13 @@ pub struct CudaOptions {
 /// One card as a [`Backend`]: a stream, its kernels, and the memory that ops need besides their tensors. Engines in one process
 /// open one each, so that neither waits for the other's work.
 pub struct Cuda {
-    stream: Arc<Stream>,
+    // Dropped from here down: graphs before the code that they launch.
+    graphs: Mutex<Graphs>,
     modules: Modules,
     linear: linear::Linear,
     attention: attention::Scratch,
     staging: Mutex<Staging>,
-    graphs: Mutex<Graphs>,
+    stream: Arc<Stream>,
 }
 
 impl Cuda {
@@ -109,6 +110,14 @@ impl Cuda {
 /// Where the window of a tensor begins.
 fn pointer(tensor: &Tensor<Cuda>) -> DevicePtr {
     tensor.storage.pointer() + (tensor.elements().start * tensor.dtype().size()) as u64
+}
+
+impl Drop for Cuda {
+    /// Waits for what is queued: it uses the code, the pinned memory and the workspace that go next.
+    fn drop(&mut self) {
+        // A card that failed does no more work.
+        let _ = self.synchronize();
+    }
 }
 
 impl Backend for Cuda {

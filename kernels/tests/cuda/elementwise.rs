@@ -62,3 +62,42 @@ fn recorded_ops_read_what_their_tensors_hold_then() {
         assert_close(&format!("turn {turn}"), &read(&cuda, &out), &[expected; 16], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
     }
 }
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn recording_that_fails_leaves_the_card_as_it_was() {
+    let cuda = open();
+    let x = tensor(&cuda, 2, 16, &[1.0; 32]);
+    let (mut out, mut wrong) = (poisoned(&cuda, 2, 8, DType::Bf16), poisoned(&cuda, 2, 9, DType::Bf16));
+    let key = GraphKey { name: "fails", sizes: [0; 3] };
+    cuda.graphed(key, &mut || Ok(())).unwrap();
+    // An op that is refused, a wait that a capture does not survive, a panic: each is the second sight of the key.
+    let refused = cuda.graphed(key, &mut || cuda.silu_and_mul(&x, &mut out).and_then(|()| cuda.silu_and_mul(&x, &mut wrong)));
+    assert!(refused.unwrap_err().to_string().contains("silu_and_mul"));
+    let waited = cuda.graphed(key, &mut || {
+        let _ = cuda.synchronize();
+        Ok(())
+    });
+    assert!(waited.unwrap_err().to_string().contains("capture"));
+    let panicked = || cuda.graphed(key, &mut || panic!("an op that panics while it is recorded"));
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panicked)).is_err());
+    for _ in 0..2 {
+        cuda.graphed(key, &mut || cuda.silu_and_mul(&x, &mut out)).unwrap();
+        let expected = 1.0 / (1.0 + (-1f64).exp());
+        assert_close("behind the failures", &read(&cuda, &out), &[expected; 16], |_| BF16_ROUNDING);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn card_is_given_back_while_it_has_work() {
+    let cuda = open();
+    let x = tensor(&cuda, 2, 16, &[1.0; 32]);
+    let mut out = poisoned(&cuda, 2, 8, DType::Bf16);
+    for _ in 0..3 {
+        cuda.graphed(GraphKey { name: "last", sizes: [0; 3] }, &mut || cuda.silu_and_mul(&x, &mut out)).unwrap();
+    }
+    drop(cuda);
+    // Tensors may outlive the backend that they came from.
+    drop((x, out));
+}
