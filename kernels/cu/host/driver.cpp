@@ -1,8 +1,13 @@
-// A stand-in for libcuda.so.1 that runs the kernels on the host: device memory is host memory, work is done when it is queued,
-// graphs are recorded closures. As much of the driver API as this project calls, under the names of CUDA 13.
+// A stand-in for libcuda.so.1 that runs the kernels on the host: device memory is host memory, graphs are recorded closures. As
+// much of the driver API as this project calls, under the names of CUDA 13.
 //
-// Fresh memory is poisoned, freed memory is given back at once, and copies into memory that was not allocated here end the process.
+// It is as late as a card may be: work is done when somebody waits for it and not before, so that host memory which is written or
+// freed too early shows. Fresh memory is poisoned, freed memory is given back at once. What a card forbids is an error here: calls
+// that a capture does not allow, calls without a context, blocks with more shared memory than their kernel was given. What it may
+// do anything about ends the process: copies that leave their allocation, code that is unloaded under its graphs, a context that is
+// released while something made in it lives.
 #include <chrono>
+#include <deque>
 #include <mutex>
 #include <set>
 
@@ -11,16 +16,23 @@ namespace {
 using Result = int;
 using Pointer = unsigned long long;
 
-constexpr Result SUCCESS = 0, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900;
+constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
+                 ILLEGAL_STATE = 401, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, WRONG_THREAD = 908;
 
 using Work = std::function<void()>;
 
 struct Stream {
-  bool capturing = false;
+  std::recursive_mutex lock;
+  std::deque<Work> waiting;
+  uint64_t queued = 0, done = 0;
+  bool capturing = false, invalidated = false;
+  std::thread::id capturer;
   std::vector<Work> captured;
 };
 
 struct Event {
+  Stream* stream = nullptr;
+  uint64_t place = 0;  // how much of the stream lies before it
   std::chrono::steady_clock::time_point time;
 };
 
@@ -28,15 +40,50 @@ int context_object;
 thread_local void* current_context = nullptr;
 Stream null_stream;
 
+std::mutex objects_lock;
+int retained = 0;
+std::set<Stream*> streams;
+// Of everything else that is made in the context: how many there are.
+std::atomic<int> modules{0}, events{0}, graphs{0}, graph_instances{0}, pinned{0};
+
 // Handles 0 to 2 are the null stream, legacy and per thread.
 Stream& stream_of(void* handle) { return (uintptr_t)handle < 3 ? null_stream : *(Stream*)handle; }
 
 Result enqueue(void* stream, Work work) {
+  if (!current_context) return INVALID_CONTEXT;
   Stream& s = stream_of(stream);
-  if (s.capturing)
+  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  if (s.capturing) {
     s.captured.push_back(std::move(work));
-  else
-    work();
+  } else {
+    s.waiting.push_back(std::move(work));
+    s.queued++;
+  }
+  return SUCCESS;
+}
+
+// Does what was queued up to a place.
+void run(Stream& s, uint64_t place) {
+  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  for (; s.done < place; s.done++) {
+    s.waiting.front()();
+    s.waiting.pop_front();
+  }
+}
+void run(Stream& s) {
+  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  run(s, s.queued);
+}
+
+// For calls that want a context and that a capture by the same thread (CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) does not survive.
+Result not_captured() {
+  if (!current_context) return INVALID_CONTEXT;
+  std::lock_guard<std::mutex> guard(objects_lock);
+  for (Stream* s : streams) {
+    if (!s->capturing || s->capturer != std::this_thread::get_id()) continue;
+    s->invalidated = true;
+    return CAPTURE_UNSUPPORTED;
+  }
   return SUCCESS;
 }
 
@@ -105,39 +152,101 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
   }
 }
 
-API cuDevicePrimaryCtxRetain(void** context, int) { return *context = &context_object, SUCCESS; }
-API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API cuDevicePrimaryCtxRetain(void** context, int) {
+  std::lock_guard<std::mutex> guard(objects_lock);
+  retained++;
+  return *context = &context_object, SUCCESS;
+}
+API cuDevicePrimaryCtxRelease_v2(int) {
+  std::lock_guard<std::mutex> guard(objects_lock);
+  if (--retained > 0) return SUCCESS;
+  if (!streams.empty() || modules || events || graphs || graph_instances || pinned || allocated_bytes) {
+    fprintf(stderr, "cuemu: %zu streams, %d modules, %d events, %d graphs, %d instances, %d pinned buffers, %zu bytes\n",
+            streams.size(), modules.load(), events.load(), graphs.load(), graph_instances.load(), pinned.load(), allocated_bytes);
+    cuemu::die("the context is released while something made in it lives");
+  }
+  return SUCCESS;
+}
 API cuCtxSetCurrent(void* context) { return current_context = context, SUCCESS; }
 API cuCtxGetCurrent(void** context) { return *context = current_context, SUCCESS; }
 API cuCtxSynchronize() { return SUCCESS; }
 
-API cuStreamCreate(void** stream, unsigned) { return *stream = new Stream, SUCCESS; }
-API cuStreamCreateWithPriority(void** stream, unsigned, int) { return *stream = new Stream, SUCCESS; }
-API cuStreamDestroy_v2(void* stream) { return delete (Stream*)stream, SUCCESS; }
-API cuStreamSynchronize(void* stream) { return stream_of(stream).capturing ? CAPTURE_UNSUPPORTED : SUCCESS; }
+API cuStreamCreate(void** stream, unsigned) {
+  if (!current_context) return INVALID_CONTEXT;
+  std::lock_guard<std::mutex> guard(objects_lock);
+  auto* made = new Stream;
+  streams.insert(made);
+  return *stream = made, SUCCESS;
+}
+API cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
+API cuStreamDestroy_v2(void* stream) {
+  auto* s = (Stream*)stream;
+  if (s->capturing) cuemu::die("a stream is destroyed while it is captured");
+  run(*s);
+  std::lock_guard<std::mutex> guard(objects_lock);
+  streams.erase(s);
+  return delete s, SUCCESS;
+}
+API cuStreamSynchronize(void* stream) {
+  Stream& s = stream_of(stream);
+  if (s.capturing) return s.invalidated = true, CAPTURE_UNSUPPORTED;
+  return run(s), SUCCESS;
+}
 API cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 
-API cuEventCreate(void** event, unsigned) { return *event = new Event, SUCCESS; }
-API cuEventDestroy_v2(void* event) { return delete (Event*)event, SUCCESS; }
-API cuEventRecord(void* event, void*) { return ((Event*)event)->time = std::chrono::steady_clock::now(), SUCCESS; }
-API cuEventSynchronize(void*) { return SUCCESS; }
-API cuEventQuery(void*) { return SUCCESS; }
+API cuEventCreate(void** event, unsigned) {
+  if (!current_context) return INVALID_CONTEXT;
+  return events++, *event = new Event, SUCCESS;
+}
+API cuEventDestroy_v2(void* event) { return events--, delete (Event*)event, SUCCESS; }
+API cuEventRecord(void* event, void* stream) {
+  auto* e = (Event*)event;
+  Stream& s = stream_of(stream);
+  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  Result queued = enqueue(stream, [e] { e->time = std::chrono::steady_clock::now(); });
+  return e->stream = &s, e->place = s.queued, queued;
+}
+API cuEventSynchronize(void* event) {
+  if (Result refused = not_captured()) return refused;
+  auto* e = (Event*)event;
+  if (e->stream) run(*e->stream, e->place);
+  return SUCCESS;
+}
+API cuEventQuery(void* event) { return cuEventSynchronize(event); }
 API cuEventElapsedTime_v2(float* ms, void* from, void* to) {
   return *ms = std::chrono::duration<float, std::milli>(((Event*)to)->time - ((Event*)from)->time).count(), SUCCESS;
 }
 
-API cuMemAlloc_v2(Pointer* pointer, size_t bytes) { return allocate(pointer, bytes); }
-API cuMemFree_v2(Pointer pointer) { return release(pointer); }
-API cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
-  *pointer = aligned_alloc(4096, (bytes + 4095) & ~size_t(4095));
-  return *pointer ? SUCCESS : OUT_OF_MEMORY;
+API cuMemAlloc_v2(Pointer* pointer, size_t bytes) {
+  Result refused = not_captured();
+  return refused ? refused : allocate(pointer, bytes);
 }
-API cuMemFreeHost(void* pointer) { return free(pointer), SUCCESS; }
+// Waits for the card.
+API cuMemFree_v2(Pointer pointer) {
+  if (Result refused = not_captured()) return refused;
+  {
+    std::lock_guard<std::mutex> guard(objects_lock);
+    for (Stream* stream : streams) run(*stream);
+  }
+  return release(pointer);
+}
+API cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
+  if (Result refused = not_captured()) return refused;
+  *pointer = aligned_alloc(4096, (bytes + 4095) & ~size_t(4095));
+  return *pointer ? (pinned++, SUCCESS) : OUT_OF_MEMORY;
+}
+API cuMemFreeHost(void* pointer) {
+  if (Result refused = not_captured()) return refused;
+  return pinned--, free(pointer), SUCCESS;
+}
+// A graph would read whatever lies there when it is replayed.
 API cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) {
+  if (stream_of(stream).capturing) return not_captured();
   check_device(to, bytes, "a copy to the device leaves its allocation");
   return enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
 }
 API cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {
+  if (stream_of(stream).capturing) return not_captured();
   check_device(from, bytes, "a copy from the device leaves its allocation");
   return enqueue(stream, [=] { memcpy(to, (void*)from, bytes); });
 }
@@ -151,23 +260,51 @@ API cuMemsetD8Async(Pointer to, unsigned char value, size_t bytes, void* stream)
   return enqueue(stream, [=] { memset((void*)to, value, bytes); });
 }
 
-API cuModuleLoadData(void** module, const void*) { return *module = &context_object, SUCCESS; }
-API cuModuleUnload(void*) { return SUCCESS; }
-API cuModuleGetFunction(void** function, void*, const char* name) {
+// Code. Whoever will run it, waiting work or a graph, holds `used`.
+struct Module;
+struct Function {
+  cuemu::Kernel* kernel;
+  Module* module;
+  int shared_limit;  // dynamic shared memory of a block, in bytes
+};
+struct Module {
+  std::shared_ptr<int> used = std::make_shared<int>();
+  std::map<std::string, Function> functions;
+};
+constexpr int MAX_DYNAMIC_SHARED = 8, MAX_SHARED_BYTES = 232448, DEFAULT_SHARED_BYTES = 48 << 10;
+
+API cuModuleLoadData(void** module, const void*) {
+  if (Result refused = not_captured()) return refused;
+  return modules++, *module = new Module, SUCCESS;
+}
+API cuModuleUnload(void* module) {
+  if (Result refused = not_captured()) return refused;
+  auto* m = (Module*)module;
+  if (m->used.use_count() > 1) cuemu::die("code is unloaded that waiting work or a graph needs");
+  return modules--, delete m, SUCCESS;
+}
+// Every module has every kernel. Of one module it is called by one thread at a time.
+API cuModuleGetFunction(void** function, void* module, const char* name) {
   auto found = cuemu::registry().find(name);
   if (found == cuemu::registry().end()) return NOT_FOUND;
-  *function = &found->second;
-  return SUCCESS;
+  auto* m = (Module*)module;
+  return *function = &m->functions.try_emplace(name, Function{&found->second, m, DEFAULT_SHARED_BYTES}).first->second, SUCCESS;
 }
-API cuFuncSetAttribute(void*, int, int) { return SUCCESS; }
+API cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute != MAX_DYNAMIC_SHARED || value > MAX_SHARED_BYTES) return INVALID_VALUE;
+  return ((Function*)function)->shared_limit = value, SUCCESS;
+}
 API cuFuncGetAttribute(int* value, int, void*) { return *value = 0, SUCCESS; }
 API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void* stream, void** parameters, void**) {
-  auto* kernel = (cuemu::Kernel*)function;
+  auto* kernel = ((Function*)function)->kernel;
+  if (shared > (unsigned)((Function*)function)->shared_limit) return INVALID_VALUE;
+  if (!gx || !gy || !gz || gx > INT32_MAX || gy > 65535 || gz > 65535 || !bx || !by || !bz || bx * by * bz > 1024)
+    return INVALID_VALUE;
   std::vector<std::vector<char>> values;
   for (size_t i = 0; i < kernel->sizes.size(); i++)
     values.emplace_back((char*)parameters[i], (char*)parameters[i] + kernel->sizes[i]);
-  return enqueue(stream, [=]() mutable {
+  return enqueue(stream, [=, used = ((Function*)function)->module->used]() mutable {
     std::vector<void*> pointers;
     for (auto& value : values) pointers.push_back(value.data());
     cuemu::launch({gx, gy, gz}, {bx, by, bz}, shared, [&] { kernel->call(pointers.data()); });
@@ -176,33 +313,50 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
 
 API cuStreamBeginCapture_v2(void* stream, int) {
   Stream& s = stream_of(stream);
+  if (!current_context) return INVALID_CONTEXT;
+  if (s.capturing) return ILLEGAL_STATE;
   s.capturing = true;
+  s.invalidated = false;
+  s.capturer = std::this_thread::get_id();
   s.captured.clear();
   return SUCCESS;
 }
 API cuStreamEndCapture(void* stream, void** graph) {
   Stream& s = stream_of(stream);
+  *graph = nullptr;
+  if (!s.capturing) return ILLEGAL_STATE;
+  if (s.capturer != std::this_thread::get_id()) return WRONG_THREAD;
   s.capturing = false;
+  if (s.invalidated) return CAPTURE_INVALIDATED;
+  graphs++;
   *graph = new std::vector<Work>(std::move(s.captured));
   s.captured.clear();
   return SUCCESS;
 }
 API cuStreamIsCapturing(void* stream, int* status) { return *status = stream_of(stream).capturing, SUCCESS; }
 API cuGraphInstantiateWithFlags(void** instance, void* graph, Pointer) {
-  return *instance = new std::vector<Work>(*(std::vector<Work>*)graph), SUCCESS;
+  if (!current_context) return INVALID_CONTEXT;
+  return graph_instances++, *instance = new std::vector<Work>(*(std::vector<Work>*)graph), SUCCESS;
 }
 API cuGraphLaunch(void* instance, void* stream) {
-  for (auto& work : *(std::vector<Work>*)instance) enqueue(stream, work);
+  for (auto& work : *(std::vector<Work>*)instance)
+    if (Result failed = enqueue(stream, work)) return failed;
   return SUCCESS;
 }
-API cuGraphDestroy(void* graph) { return delete (std::vector<Work>*)graph, SUCCESS; }
-API cuGraphExecDestroy(void* instance) { return delete (std::vector<Work>*)instance, SUCCESS; }
+API cuGraphDestroy(void* graph) { return graphs--, delete (std::vector<Work>*)graph, SUCCESS; }
+API cuGraphExecDestroy(void* instance) { return graph_instances--, delete (std::vector<Work>*)instance, SUCCESS; }
 API cuGraphUpload(void*, void*) { return SUCCESS; }
 
 API cuGetErrorString(Result error, const char** text) {
   switch (error) {
     case OUT_OF_MEMORY:
       return *text = "out of memory", SUCCESS;
+    case INVALID_VALUE:
+      return *text = "invalid argument", SUCCESS;
+    case INVALID_CONTEXT:
+      return *text = "invalid device context", SUCCESS;
+    case CAPTURE_INVALIDATED:
+      return *text = "operation failed due to a previous error during capture", SUCCESS;
     case NO_DEVICE:
       return *text = "no CUDA-capable device is detected", SUCCESS;
     case INVALID_DEVICE:
