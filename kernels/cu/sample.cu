@@ -11,7 +11,8 @@ constexpr int THREADS = 512, WARPS = THREADS / 32, DIGITS = 256;
 
 // Shared memory of a block.
 struct Shared {
-  u64 bins[DIGITS];    // what falls into each digit
+  u32 low[DIGITS];     // what falls into each digit: the lower halves
+  u32 high[DIGITS];    // and the upper ones
   u64 partial[WARPS];  // a value for each warp
   u64 found[2];        // what one thread tells all
 };
@@ -59,6 +60,14 @@ __device__ __forceinline__ u64 block_max(u64 v, Shared& shared) {
   return most;
 }
 
+// Adds to a digit. Two halves, since shared memory adds 32 bits by itself but 64 only in a loop of compare-and-swap, in which all
+// threads with one digit wait for each other. Every carry is one addition's own, so that the sum is exact in any order.
+__device__ __forceinline__ void add(Shared& shared, u32 digit, u64 weight) {
+  const u32 part = (u32)weight;
+  const u32 upper = (u32)(weight >> 32) + (atomicAdd(&shared.low[digit], part) > 0xffffffffu - part);
+  if (upper) atomicAdd(&shared.high[digit], upper);
+}
+
 // The largest key such that the weights of all keys from it upwards reach `wanted`; 0 if they never do. visit(f) calls f(key,
 // weight) for this thread's share of the candidates.
 template <typename Visit>
@@ -66,17 +75,22 @@ __device__ __forceinline__ u32 select(u64 wanted, Shared& shared, Visit visit) {
   u32 prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     __syncthreads();
-    for (int i = threadIdx.x; i < DIGITS; i += THREADS) shared.bins[i] = 0;
+    for (int i = threadIdx.x; i < DIGITS; i += THREADS) shared.low[i] = shared.high[i] = 0;
     __syncthreads();
     visit([&](u32 key, u64 weight) {
       // Only keys that share the digits found so far; a shift by 32 is not defined.
-      if (shift == 24 || key >> (shift + 8) == prefix >> (shift + 8)) atomicAdd(&shared.bins[key >> shift & 255], weight);
+      const bool is_here = shift == 24 || key >> (shift + 8) == prefix >> (shift + 8);
+      if (is_here && weight) add(shared, key >> shift & 255, weight);
     });
     __syncthreads();
     if (threadIdx.x == 0) {
       u64 above = 0;
       int digit = DIGITS - 1;
-      while (digit > 0 && above + shared.bins[digit] < wanted) above += shared.bins[digit--];
+      for (; digit > 0; digit--) {
+        const u64 here = (u64)shared.high[digit] << 32 | shared.low[digit];
+        if (above + here >= wanted) break;
+        above += here;
+      }
       shared.found[0] = (u64)digit;
       shared.found[1] = above;
     }
