@@ -5,7 +5,8 @@
 // Face; Su et al. 2021). q is rotated in place, k on its way into k_cache, v is copied. slots[token] is a row of the caches
 // [num_slots, kv_size]; one outside of them stores nothing.
 //
-// A block per token; a thread takes pairs. Moves 2 * (q_size + 2 * kv_size) * 2 bytes a token.
+// Blocks: (tokens, parts of a token), so that a single token does not wait for one block; a thread takes pairs. Moves 2 * (q_size +
+// 2 * kv_size) * 2 bytes a token.
 extern "C" __global__ void __launch_bounds__(256)
     rope_and_store_kv(bf16* __restrict__ qkv, const int* __restrict__ positions, const int* __restrict__ slots,
                       const float* __restrict__ inv_freq, bf16* __restrict__ k_cache, bf16* __restrict__ v_cache, int num_heads,
@@ -16,7 +17,8 @@ extern "C" __global__ void __launch_bounds__(256)
   const float position = (float)positions[blockIdx.x];
   const int slot = slots[blockIdx.x];
   const bool store = slot >= 0 && slot < num_slots;
-  for (int i = threadIdx.x; i < (num_heads + num_kv_heads) * half; i += blockDim.x) {
+  const int first_thread = blockIdx.y * blockDim.x + threadIdx.x, threads = gridDim.y * blockDim.x;
+  for (int i = first_thread; i < (num_heads + num_kv_heads) * half; i += threads) {
     const int head = i / half, j = i % half;
     bf16* x = row + (size_t)head * head_dim + j;
     const float angle = position * inv_freq[j];
@@ -35,6 +37,6 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   if (!store) return;
   const bf16* v = row + q_size + kv_size;
-  for (size_t i = threadIdx.x; i < kv_size; i += blockDim.x) v_cache[(size_t)slot * kv_size + i] = v[i];
+  for (size_t i = first_thread; i < kv_size; i += threads) v_cache[(size_t)slot * kv_size + i] = v[i];
 }
 CU_EXPORT(rope_and_store_kv)

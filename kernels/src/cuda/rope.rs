@@ -15,7 +15,10 @@ pub(super) fn rope_and_store_kv(
 ) -> Result<()> {
     check::rope_and_store_kv(cuda, qkv, positions, slots, inv_freq, shape, kv)?;
     let pairs = (shape.num_heads + shape.num_kv_heads) * shape.head_dim / 2;
-    let launch = cuda.launch("rope_and_store_kv")?.grid([qkv.rows(), 1, 1]).threads(pairs.next_multiple_of(32).min(256));
+    let threads = pairs.next_multiple_of(32).min(256);
+    // Few tokens are spread over as many blocks as run at once.
+    let parts = (cuda.device().multiprocessors * 8).div_ceil(qkv.rows().max(1)).min(pairs.div_ceil(threads));
+    let launch = cuda.launch("rope_and_store_kv")?.grid([qkv.rows(), parts, 1]).threads(threads);
     let launch = launch.pointer(pointer(qkv)).pointer(pointer(positions)).pointer(pointer(slots)).pointer(pointer(inv_freq));
     let launch = launch.pointer(pointer(&kv.k)).pointer(pointer(&kv.v));
     let launch = launch.int(shape.num_heads).int(shape.num_kv_heads).int(shape.head_dim).int(kv.k.rows());
