@@ -13,10 +13,11 @@
 
 // Of driver.cpp: runs the work, or records it if the stream is being captured.
 extern "C" void cuemu_enqueue(void* stream, std::function<void()>* work);
+extern "C" int cuemu_captures();
 
 namespace {
 
-enum Status { SUCCESS = 0, NOT_INITIALIZED = 1, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
+enum Status { SUCCESS = 0, NOT_INITIALIZED = 1, INVALID_VALUE = 7, INTERNAL_ERROR = 14, NOT_SUPPORTED = 15 };
 enum DataType { R_32F = 0, R_16BF = 14 };
 enum { COMPUTE_32F = 68, OP_N = 0, OP_T = 1 };
 enum Epilogue { DEFAULT = 1, BIAS = 4, GELU = 32, GELU_BIAS = 36 };
@@ -156,6 +157,8 @@ API cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const 
 API cublasLtMatmulAlgoGetHeuristic(void* handle, void* descriptor, void* a, void* b, void* c, void* d, void* preference,
                                    int requested, Heuristic* results, int* count) {
   if (handle != &handle_object) return NOT_INITIALIZED;
+  // As cuBLASLt of CUDA 13.3 does ("could not obtain green context information"); others answer.
+  if (cuemu_captures()) return INTERNAL_ERROR;
   if (!descriptor || !a || !b || !c || !d || !preference || requested < 1 || !results || !count) return INVALID_VALUE;
   auto& wish = *(Preference*)preference;
   Algorithm algorithm;

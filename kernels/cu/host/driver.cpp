@@ -327,10 +327,11 @@ API cuStreamEndCapture(void* stream, void** graph) {
   if (!s.capturing) return ILLEGAL_STATE;
   if (s.capturer != std::this_thread::get_id()) return WRONG_THREAD;
   s.capturing = false;
+  auto captured = std::move(s.captured);
+  s.captured.clear();
   if (s.invalidated) return CAPTURE_INVALIDATED;
   graphs++;
-  *graph = new std::vector<Work>(std::move(s.captured));
-  s.captured.clear();
+  *graph = new std::vector<Work>(std::move(captured));
   return SUCCESS;
 }
 API cuStreamIsCapturing(void* stream, int* status) { return *status = stream_of(stream).capturing, SUCCESS; }
@@ -370,6 +371,13 @@ API cuGetErrorString(Result error, const char** text) {
   }
 }
 API cuGetErrorName(Result error, const char** text) { return cuGetErrorString(error, text); }
+
+// Whether this thread captures a stream.
+extern "C" __attribute__((visibility("default"))) int cuemu_captures() {
+  std::lock_guard<std::mutex> guard(objects_lock);
+  return std::any_of(streams.begin(), streams.end(),
+                     [](Stream* s) { return s->capturing && s->capturer == std::this_thread::get_id(); });
+}
 
 // cuBLASLt's stand-in queues its products on these streams too.
 extern "C" __attribute__((visibility("default"))) void cuemu_enqueue(void* stream, std::function<void()>* work) {

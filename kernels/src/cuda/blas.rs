@@ -123,6 +123,10 @@ impl Blas {
         }
         let plan = match plans.entry(problem) {
             Entry::Occupied(entry) => entry.into_mut(),
+            // Versions of cuBLASLt differ in whether they answer, and a kernel that it loads at first use may not be captured.
+            Entry::Vacant(_) if self.stream.is_capturing()? => {
+                return Err(Error::Device(format!("expected a product that ran before it is recorded, found {problem:?}")));
+            }
             Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &problem, product.bias)?),
         };
         let Some(plan) = plan else { return Ok(false) };

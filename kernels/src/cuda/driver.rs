@@ -114,6 +114,13 @@ impl Stream {
         self.handle
     }
 
+    /// Whether what is queued is recorded instead of done.
+    pub(crate) fn is_capturing(&self) -> Result<bool> {
+        // SAFETY: the stream lives as long as `self`.
+        let status = check("the state of a stream", unsafe { result::stream::is_capturing(self.handle) })?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     /// Waits until everything queued is done. Faults of earlier work show here.
     pub(crate) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.

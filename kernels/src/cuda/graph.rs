@@ -1,15 +1,20 @@
 //! Sequences of launches, recorded once and replayed as one.
 
 use super::driver::{Stream, check};
-use crate::{GraphKey, Result};
+use crate::{Error, GraphKey, Result};
 use cudarc::driver::{result, sys};
 use std::{collections::HashMap, mem::ManuallyDrop, sync::Arc};
 
 /// How far a sequence of ops has got.
 enum Recording {
-    /// It ran once, launch by launch: what is loaded or chosen at first use is there now, which a capture would not allow.
-    Warm,
+    /// It ran, launch by launch: what is loaded or chosen at first use is there now, which a capture would not allow.
+    Warm {
+        /// It could not be recorded once already.
+        failed: bool,
+    },
     Ready(Graph),
+    /// It could not be recorded twice: it runs launch by launch.
+    Refused,
 }
 
 /// Most keys that are remembered: every batch size of decoding, and the pictures' sizes that come most often. A graph takes memory
@@ -45,17 +50,29 @@ impl Graphs {
         Self { stream: Arc::clone(stream), entries: HashMap::new(), clock: 0 }
     }
 
-    /// Runs `f` at the first sight of `key`, records and launches it at the second, and replays it from the third on.
+    /// Runs `f` at the first sight of `key`, records and launches it at the second, and replays it from the third on. What the
+    /// driver does not record is run.
     pub(crate) fn run(&mut self, key: GraphKey, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let recording = match self.entries.get(&key).map(|entry| &entry.recording) {
             None => {
                 f()?;
-                Some(Recording::Warm)
+                Some(Recording::Warm { failed: false })
             }
-            Some(Recording::Warm) => {
-                let graph = self.record(f)?;
-                self.launch(&graph)?;
-                Some(Recording::Ready(graph))
+            Some(Recording::Warm { failed }) => match self.record(f) {
+                Ok(graph) => {
+                    self.launch(&graph)?;
+                    Some(Recording::Ready(graph))
+                }
+                Err(Error::Device(error)) => {
+                    tracing::warn!(?key, error, "cannot be recorded as a graph; launched one by one");
+                    f()?;
+                    Some(if *failed { Recording::Refused } else { Recording::Warm { failed: true } })
+                }
+                Err(error) => return Err(error),
+            },
+            Some(Recording::Refused) => {
+                f()?;
+                None
             }
             Some(Recording::Ready(graph)) => {
                 self.launch(graph)?;
