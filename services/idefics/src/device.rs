@@ -90,7 +90,12 @@ impl Processor {
             Device::Auto => match cuda(0) {
                 Ok(card) => Ok(card),
                 Err(error) => {
-                    tracing::info!("computing on the CPU: {error}");
+                    // A machine without a driver is as it should be; a card that cannot be used is not.
+                    if Cuda::has_driver() {
+                        tracing::warn!("computing on the CPU, not on the card: {error}");
+                    } else {
+                        tracing::info!("computing on the CPU: {error}");
+                    }
                     Self::cpu(config)
                 }
             },
