@@ -16,6 +16,12 @@ pub(crate) fn check<T>(what: impl fmt::Display, answer: std::result::Result<T, r
     })
 }
 
+/// Whether the driver's library can be loaded.
+pub(crate) fn is_present() -> bool {
+    // SAFETY: looking for a library runs its initialisers only.
+    unsafe { sys::is_culib_present() }
+}
+
 /// A card and its primary context.
 pub(crate) struct Device {
     handle: sys::CUdevice,
@@ -38,8 +44,7 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Opens card `ordinal`.
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Self>> {
-        // SAFETY: looking for a library runs its initialisers only.
-        if !unsafe { sys::is_culib_present() } {
+        if !is_present() {
             return Err(Error::Device(
                 "libcuda.so.1 is not there: no NVIDIA driver is installed, or the container was not given one".into(),
             ));

@@ -77,6 +77,11 @@ impl Cuda {
         })
     }
 
+    /// Whether there is an NVIDIA driver at all.
+    pub fn has_driver() -> bool {
+        driver::is_present()
+    }
+
     /// Free and total memory of the card, in bytes.
     ///
     /// # Errors

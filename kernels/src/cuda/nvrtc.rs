@@ -119,10 +119,7 @@ impl CubinCache {
     pub fn get(&self, source: &Source, compute_capability: (i32, i32)) -> Result<Compiled> {
         let Some(folder) = &self.folder else { return compile(source, compute_capability) };
         let path = folder.join(format!("{}.cubin", key(source, compute_capability, version()?)));
-        // Whoever was cut off while writing left no file under this name; see `keep`.
-        if let Ok(cubin) = fs::read(&path)
-            && !cubin.is_empty()
-        {
+        if let Some(cubin) = kept(&path) {
             return Ok(Compiled { cubin, log: String::new() });
         }
         let compiled = compile(source, compute_capability)?;
@@ -148,10 +145,19 @@ fn key(source: &Source, compute_capability: (i32, i32), version: (i32, i32)) -> 
     hasher.finalize().to_hex().to_string()
 }
 
-/// Writes a file that is there as a whole or not at all.
+/// The machine code in a file of [`keep`]; `None` if it is not there, or is not what was written: a driver believes what an image
+/// says about its own length.
+fn kept(path: &Path) -> Option<Vec<u8>> {
+    let mut file = fs::read(path).ok()?;
+    let cubin = if file.len() < blake3::OUT_LEN { return None } else { file.split_off(blake3::OUT_LEN) };
+    (blake3::hash(&cubin).as_bytes()[..] == file).then_some(cubin)
+}
+
+/// Writes a file that is there as a whole or not at all: a hash of the machine code, then the code.
 fn keep(folder: &Path, path: &Path, cubin: &[u8]) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(blake3::hash(cubin).as_bytes())?;
     file.write_all(cubin)?;
     file.persist(path).map_err(|e| e.error)?;
     Ok(())
@@ -176,12 +182,20 @@ mod tests {
     }
 
     #[test]
-    fn kept_files_are_whole() {
+    fn kept_files_are_whole_or_do_not_count() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("sub").join("a.cubin");
         keep(path.parent().unwrap(), &path, b"code").unwrap();
         keep(path.parent().unwrap(), &path, b"code").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"code");
+        assert_eq!(kept(&path).as_deref(), Some(&b"code"[..]));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing half-written stays");
+        let whole = fs::read(&path).unwrap();
+        let mut changed = whole.clone();
+        changed[33] ^= 1;
+        for damaged in [&whole[..whole.len() - 1], &whole[..20], &[], &changed] {
+            fs::write(&path, damaged).unwrap();
+            assert_eq!(kept(&path), None);
+        }
+        assert_eq!(kept(folder.path()), None);
     }
 }
