@@ -13,7 +13,9 @@ use crate::{
     replicas::Replicas,
     template::{ChatTemplate, TemplateError},
     tokenizer::{MarkedText, TextTokenizer, TokenizeError},
-    validate::{ImageOptions, Limits, Part, Picture, Sampling, TokenizeInput, Turn, ValidEncodeImages, ValidTokenize},
+    validate::{
+        Generation, ImageOptions, Limits, Part, Picture, TokenizeInput, Turn, ValidChat, ValidEncodeImages, ValidGenerate, ValidTokenize,
+    },
 };
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream::BoxStream};
@@ -179,15 +181,6 @@ impl Gateway {
     }
 }
 
-/// What a generation needs besides its prompt.
-struct Generation {
-    image_options: ImageOptions,
-    sampling: Sampling,
-    return_prompt_token_ids: bool,
-    cache_salt: Bytes,
-    priority: i32,
-}
-
 #[tonic::async_trait]
 impl GatewayService for Gateway {
     type ChatStream = BoxStream<'static, Result<pb::ChatResponse, Status>>;
@@ -198,18 +191,11 @@ impl GatewayService for Gateway {
         let call = admitted.call.clone();
         let span = tracing::info_span!("chat", request_id = call.request_id);
         let start = async {
-            let chat = self.0.limits.chat(request.into_inner()).map_err(status::invalid_argument)?;
-            let options = chat.image_options;
-            let generation = Generation {
-                image_options: options,
-                sampling: chat.sampling,
-                return_prompt_token_ids: chat.return_prompt_token_ids,
-                cache_salt: chat.cache_salt,
-                priority: chat.priority,
-            };
+            let ValidChat { turns, generation } = self.0.limits.chat(request.into_inner()).map_err(status::invalid_argument)?;
+            let options = generation.image_options;
             let build_prompt = move |inner: &Inner| {
-                let prompt = inner.conversation(&chat.turns, options, "messages")?;
-                Ok((prompt, pictures(chat.turns)))
+                let prompt = inner.conversation(&turns, options, "messages")?;
+                Ok((prompt, pictures(turns)))
             };
             self.start(admitted, generation, build_prompt).await
         };
@@ -226,18 +212,12 @@ impl GatewayService for Gateway {
         let call = admitted.call.clone();
         let span = tracing::info_span!("complete", request_id = call.request_id);
         let start = async {
-            let raw = self.0.limits.generate(request.into_inner()).map_err(status::invalid_argument)?;
-            let options = raw.image_options;
-            let generation = Generation {
-                image_options: options,
-                sampling: raw.sampling,
-                return_prompt_token_ids: raw.return_prompt_token_ids,
-                cache_salt: raw.cache_salt,
-                priority: raw.priority,
-            };
+            let ValidGenerate { prompt, pictures, generation } =
+                self.0.limits.generate(request.into_inner()).map_err(status::invalid_argument)?;
+            let options = generation.image_options;
             let build_prompt = move |inner: &Inner| {
-                let prompt = inner.raw_prompt(raw.prompt, options, Some(raw.pictures.len()))?;
-                Ok((prompt, raw.pictures))
+                let prompt = inner.raw_prompt(prompt, options, Some(pictures.len()))?;
+                Ok((prompt, pictures))
             };
             self.start(admitted, generation, build_prompt).await
         };

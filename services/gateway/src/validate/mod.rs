@@ -66,10 +66,9 @@ impl ImageOptions {
     }
 }
 
-/// A `ChatRequest`.
+/// What a `ChatRequest` and a `GenerateRequest` have in common.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct ValidChat {
-    pub(crate) turns: Vec<Turn>,
+pub(crate) struct Generation {
     pub(crate) image_options: ImageOptions,
     pub(crate) sampling: Sampling,
     pub(crate) return_prompt_token_ids: bool,
@@ -77,16 +76,19 @@ pub(crate) struct ValidChat {
     pub(crate) priority: i32,
 }
 
+/// A `ChatRequest`.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ValidChat {
+    pub(crate) turns: Vec<Turn>,
+    pub(crate) generation: Generation,
+}
+
 /// A `GenerateRequest`; whether the prompt's marks fit its pictures is checked with the tokenizer.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ValidGenerate {
     pub(crate) prompt: String,
     pub(crate) pictures: Vec<Picture>,
-    pub(crate) image_options: ImageOptions,
-    pub(crate) sampling: Sampling,
-    pub(crate) return_prompt_token_ids: bool,
-    pub(crate) cache_salt: Bytes,
-    pub(crate) priority: i32,
+    pub(crate) generation: Generation,
 }
 
 /// A `TokenizeRequest`.
@@ -162,7 +164,8 @@ impl Limits {
         let cache_salt = check.cache_salt(request.cache_salt);
         let priority = check.priority(request.priority);
         let return_prompt_token_ids = request.return_prompt_token_ids;
-        check.finish(ValidChat { turns, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
+        let generation = Generation { image_options, sampling, return_prompt_token_ids, cache_salt, priority };
+        check.finish(ValidChat { turns, generation })
     }
 
     pub(crate) fn generate(&self, request: pb::GenerateRequest) -> Result<ValidGenerate, Vec<Violation>> {
@@ -178,7 +181,8 @@ impl Limits {
         let cache_salt = check.cache_salt(request.cache_salt);
         let priority = check.priority(request.priority);
         let prompt = request.prompt;
-        check.finish(ValidGenerate { prompt, pictures, image_options, sampling, return_prompt_token_ids, cache_salt, priority })
+        let generation = Generation { image_options, sampling, return_prompt_token_ids, cache_salt, priority };
+        check.finish(ValidGenerate { prompt, pictures, generation })
     }
 
     pub(crate) fn tokenize(&self, request: pb::TokenizeRequest) -> Result<ValidTokenize, Vec<Violation>> {
@@ -481,7 +485,7 @@ mod tests {
     #[test]
     fn image_defaults_are_the_checkpoints() {
         let valid = limits().chat(chat(vec![text(1)])).unwrap();
-        assert_eq!(valid.image_options, ImageOptions { split: false, longest_edge: 168, shortest_edge: 56 });
+        assert_eq!(valid.generation.image_options, ImageOptions { split: false, longest_edge: 168, shortest_edge: 56 });
     }
 
     #[test]
