@@ -75,15 +75,10 @@ pub(crate) fn vision(
     shutdown: Shutdown,
 ) -> Result<(Vision, Alive)> {
     let bar = bar.clone();
-    let preprocessor = &model.checkpoint.preprocessor;
     let options = idefics_vision::EngineOptions {
         weights: model.weights.clone(),
         model: model.checkpoint.config.clone(),
-        normalization: Normalization {
-            rescale_factor: preprocessor.rescale_factor,
-            mean: preprocessor.image_mean,
-            std: preprocessor.image_std,
-        },
+        normalization: Normalization::from(&model.checkpoint.preprocessor),
         max_batch_patches: config.vision.max_batch_patches,
         max_queued_images: config.vision.max_queued_images,
         progress: Box::new(move |bytes| bar.inc(bytes as u64)),

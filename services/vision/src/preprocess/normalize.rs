@@ -1,5 +1,7 @@
 //! Rescaling and normalising of 8-bit pixels, as a table of all values that there are.
 
+use idefics_common::checkpoint::PreprocessorConfig;
+
 /// The last two steps of the image processor, from `preprocessor_config.json`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Normalization {
@@ -15,6 +17,12 @@ impl Default for Normalization {
     /// The values of `idefics2-8b`: 0..255 to -1..1.
     fn default() -> Self {
         Self { rescale_factor: 1.0 / 255.0, mean: [0.5; 3], std: [0.5; 3] }
+    }
+}
+
+impl From<&PreprocessorConfig> for Normalization {
+    fn from(config: &PreprocessorConfig) -> Self {
+        Self { rescale_factor: config.rescale_factor, mean: config.image_mean, std: config.image_std }
     }
 }
 

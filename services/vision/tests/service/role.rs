@@ -73,15 +73,10 @@ impl Role {
     /// A role whose passes wait to be let through.
     pub(crate) fn gated(config: Config) -> Self {
         let (folder, checkpoint) = checkpoint();
-        let preprocessor = &checkpoint.preprocessor;
         let options = EngineOptions {
             weights: Weights::open(folder.path()).unwrap(),
             model: checkpoint.config.clone(),
-            normalization: Normalization {
-                rescale_factor: preprocessor.rescale_factor,
-                mean: preprocessor.image_mean,
-                std: preprocessor.image_std,
-            },
+            normalization: Normalization::from(&checkpoint.preprocessor),
             max_batch_patches: config.max_batch_patches,
             max_queued_images: config.max_queued_images,
             progress: Box::new(|_| {}),

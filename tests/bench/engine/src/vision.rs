@@ -39,15 +39,11 @@ pub(crate) fn measure<B: Backend>(
 }
 
 fn start<B: Backend>(backend: B, model: &Model) -> Result<Engine> {
-    let (preprocessor, defaults) = (&model.checkpoint.preprocessor, Config::default());
+    let defaults = Config::default();
     let options = EngineOptions {
         weights: model.weights.clone(),
         model: model.checkpoint.config.clone(),
-        normalization: Normalization {
-            rescale_factor: preprocessor.rescale_factor,
-            mean: preprocessor.image_mean,
-            std: preprocessor.image_std,
-        },
+        normalization: Normalization::from(&model.checkpoint.preprocessor),
         max_batch_patches: defaults.max_batch_patches,
         max_queued_images: defaults.max_queued_images,
         progress: Box::new(|_| ()),
