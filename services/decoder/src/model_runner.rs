@@ -183,12 +183,11 @@ impl<B: Backend> ModelRunner<B> {
         }
         let drawn = self.choose(&outputs, sequences)?;
         self.run_prompt(step, sequences, on_prompt)?;
-        let (mut tokens, mut logits) = (self.drawing.tokens(), &self.logits[..]);
+        let (tokens, mut logits, mut end) = (self.drawing.tokens(), &self.logits[..], 0);
         let next = outputs.into_iter().zip(drawn).map(|((sequence, rows), drawn)| {
-            let (chosen, rest) = tokens.split_at(rows.min(tokens.len()));
-            tokens = rest;
+            end += rows;
             if drawn {
-                return (sequence, Next::Tokens(chosen));
+                return (sequence, Next::Tokens(&tokens[end - rows..end]));
             }
             let (own, rest) = logits.split_at(rows * self.vocab_size);
             logits = rest;
@@ -210,15 +209,17 @@ impl<B: Backend> ModelRunner<B> {
             });
             self.drawing.run(backend, logits, rows)?;
         }
-        self.logits.clear();
-        let mut first_row = 0;
+        let on_host = outputs.iter().zip(&draws).filter(|(_, draw)| draw.is_none()).map(|((_, rows), _)| rows).sum::<usize>();
+        // What is there is overwritten: only what is new costs a clearing.
+        self.logits.resize(on_host * self.vocab_size, 0.0);
+        let (mut first_row, mut rest) = (0, &mut self.logits[..]);
         for part in outputs.iter().zip(&draws).collect::<Vec<_>>().chunk_by(|a, b| a.1.is_some() == b.1.is_some()) {
             let rows: usize = part.iter().map(|((_, rows), _)| rows).sum();
             if part[0].1.is_none() {
-                let from = self.logits.len();
-                self.logits.resize(from + rows * self.vocab_size, 0.0);
+                let (own, behind) = rest.split_at_mut(rows * self.vocab_size);
+                rest = behind;
                 logits.set_window(first_row..first_row + rows)?;
-                backend.download(logits, &mut self.logits[from..])?;
+                backend.download(logits, own)?;
             }
             first_row += rows;
         }

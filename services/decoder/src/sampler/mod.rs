@@ -84,8 +84,11 @@ impl Sampler {
 
     /// The bits that the next `n` draws take, in order. They are used up only by [`accept`](Self::accept).
     pub fn random_bits(&self, n: usize) -> Vec<u64> {
+        if self.params.temperature == 0.0 {
+            return vec![0; n];
+        }
         let mut rng = self.rng.clone();
-        (0..n).map(|_| if self.params.temperature == 0.0 { 0 } else { rng.next_u64() }).collect()
+        (0..n).map(|_| rng.next_u64()).collect()
     }
 
     /// Counts `token_id`, which the device drew with the next of [`random_bits`](Self::random_bits), as generated.
