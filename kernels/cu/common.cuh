@@ -77,16 +77,10 @@ struct Mma {
   const unsigned *a, *b;
 };
 
-static inline float widen(u32 half) {
-  u32 bits = half << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
+static inline float widen(u32 half) { return __int_as_float((int)(half << 16)); }
 
 static inline u16 narrow(float f) {
-  u32 bits;
-  memcpy(&bits, &f, 4);
+  const u32 bits = (u32)__float_as_int(f);
   if (f != f) return 0x7fff;
   return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
