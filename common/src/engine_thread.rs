@@ -1,7 +1,23 @@
 //! The thread that owns a device: it loads a model, then works until there is nothing left to do or the device fails.
 
-use std::{sync::mpsc, thread};
+use std::{
+    sync::{Condvar, Mutex, PoisonError, mpsc},
+    thread,
+    time::Duration,
+};
 use tokio::sync::watch;
+
+/// Engines of this process that run.
+static RUNNING: Mutex<usize> = Mutex::new(0);
+static ENDED: Condvar = Condvar::new();
+
+/// Waits until no engine runs, at most for `limit`; returns whether that is so. For the end of a process whose engines have been let
+/// go: a driver that is unloaded while an engine still gives memory back may bring the process down.
+pub fn wait_for_end(limit: Duration) -> bool {
+    let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (running, _) = ENDED.wait_timeout_while(running, limit, |running| *running > 0).unwrap_or_else(PoisonError::into_inner);
+    *running == 0
+}
 
 /// Starts a thread that loads a `T` and runs it; blocks until it is loaded. What comes out is true for as long as the thread
 /// lives, however it ends. `T` never leaves the thread.
@@ -20,6 +36,7 @@ pub fn start<T, E: Send + 'static>(
         let _alive = AliveGuard(alive_sender);
         match load() {
             Ok(engine) => {
+                let _running = RunningGuard::new();
                 drop(loaded_sender.send(Ok(())));
                 run(engine);
             }
@@ -40,9 +57,44 @@ impl Drop for AliveGuard {
     }
 }
 
+/// Counts an engine as running.
+struct RunningGuard;
+
+impl RunningGuard {
+    fn new() -> Self {
+        *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Self
+    }
+}
+
+impl Drop for RunningGuard {
+    fn drop(&mut self) {
+        *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        ENDED.notify_all();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn end_is_waited_for_until_the_engine_is_gone() {
+        struct Engine(mpsc::Sender<()>);
+        impl Drop for Engine {
+            fn drop(&mut self) {
+                drop(self.0.send(()));
+            }
+        }
+        let ((gone_sender, gone), (end, ended)) = (mpsc::channel(), mpsc::channel::<()>());
+        let run = move |_engine: Engine| drop(ended.recv());
+        drop(start("engine", move || Ok::<_, String>(Engine(gone_sender)), run, |what| what).unwrap());
+        assert!(!wait_for_end(Duration::ZERO), "it runs");
+        drop(end);
+        // Other tests' engines end too; as many seconds as a loaded machine may take.
+        assert!(wait_for_end(Duration::from_secs(60)));
+        assert!(gone.try_recv().is_ok(), "it was given back before the wait was over");
+    }
 
     #[tokio::test]
     async fn thread_is_alive_until_it_ends_or_panics() {

@@ -15,7 +15,8 @@ mod serve;
 
 use clap::Parser;
 use cli::{Cli, Command};
-use std::process::ExitCode;
+use idefics_common::engine_thread;
+use std::{process::ExitCode, time::Duration};
 
 // Image tokens are megabytes that come and go; glibc's allocator returns them to the system each time.
 #[global_allocator]
@@ -45,10 +46,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-/// Runs `work` and returns when it is done, even if a thread is still stuck in a load that nobody waits for any more.
+/// Longest time that the process waits for its engines to give the device back.
+const ENGINES_END: Duration = Duration::from_secs(10);
+
+/// Runs `work` and returns when it is done and its engines are gone, even if a thread is still stuck in a load that nobody waits for
+/// any more.
 fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(work);
     runtime.shutdown_background();
+    if !engine_thread::wait_for_end(ENGINES_END) {
+        tracing::warn!(limit_ms = ENGINES_END.as_millis() as u64, "an engine still holds its device at the end of the process");
+    }
     result
 }
