@@ -13,7 +13,8 @@ pub struct Config {
     /// Memory of the KV cache; 0 means 4 GiB on the CPU, where pages that were never used cost nothing, and on a card what is free
     /// behind the model, less `device_reserve_bytes`.
     pub kv_cache_bytes: usize,
-    /// Memory of a card that an automatic KV cache leaves to others: to the vision role in the same process, to libraries.
+    /// Memory of a card that an automatic KV cache leaves free: for graphs, for code that libraries load late, and for whoever else
+    /// comes to use the card. A vision role in the same process has loaded by then; one in another process needs some 3 GiB more.
     pub device_reserve_bytes: usize,
     /// Token slots per block of the KV cache.
     pub block_size_tokens: usize,
@@ -39,7 +40,7 @@ impl Default for Config {
         Self {
             max_model_tokens: 0,
             kv_cache_bytes: 0,
-            device_reserve_bytes: 4 << 30,
+            device_reserve_bytes: 2 << 30,
             block_size_tokens: 16,
             max_num_seqs: 64,
             max_num_batched_tokens: 0,

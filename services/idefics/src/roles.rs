@@ -8,7 +8,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use idefics_common::{
-    channel::{GrpcChannel, in_process},
+    channel::in_process,
     checkpoint::{Checkpoint, Source},
     serve::Shutdown,
 };
@@ -71,9 +71,14 @@ pub(crate) fn vision(
     config: &Config,
     processor: &mut Processor,
     bar: &ProgressBar,
-    decoder: Option<GrpcChannel>,
     shutdown: Shutdown,
 ) -> Result<(Vision, Alive)> {
+    let engine = vision_engine(model, config, processor, bar)?;
+    let alive = engine.alive();
+    Ok((Vision::new(&config.vision, &model.checkpoint, model.fingerprint.clone(), engine, None, shutdown), alive))
+}
+
+fn vision_engine(model: &Model, config: &Config, processor: &mut Processor, bar: &ProgressBar) -> Result<idefics_vision::Engine> {
     let bar = bar.clone();
     let options = idefics_vision::EngineOptions {
         weights: model.weights.clone(),
@@ -83,18 +88,20 @@ pub(crate) fn vision(
         max_queued_images: config.vision.max_queued_images,
         progress: Box::new(move |bytes| bar.inc(bytes as u64)),
     };
-    let engine = processor.start(options).context("the vision role cannot start")?;
-    let alive = engine.alive();
-    Ok((Vision::new(&config.vision, &model.checkpoint, model.fingerprint.clone(), engine, decoder, shutdown), alive))
+    processor.start(options).context("the vision role cannot start")
 }
 
 /// All roles in this process: the gateway calls the others directly. Blocks.
 pub(crate) fn all_in_one(model: &Model, config: &Config, shutdown: &Shutdown) -> Result<(Gateway, Vec<Alive>)> {
     let mut processor = Processor::open(config)?;
     let bar = progress::bar(&model.weights, &[VISION_PREFIXES, DECODER_PREFIXES].concat());
+    // Before the decoder, whose KV cache takes what is left of a card.
+    let vision_engine = vision_engine(model, config, &mut processor, &bar)?;
+    let vision_alive = vision_engine.alive();
     let (decoder, decoder_alive) = decoder(model, config, &mut processor, &bar, shutdown.clone())?;
     let decoder = in_process(decoder.into_server());
-    let (vision, vision_alive) = vision(model, config, &mut processor, &bar, Some(decoder.clone()), shutdown.clone())?;
+    let (to, fingerprint) = (Some(decoder.clone()), model.fingerprint.clone());
+    let vision = Vision::new(&config.vision, &model.checkpoint, fingerprint, vision_engine, to, shutdown.clone());
     bar.finish_and_clear();
     let peers = Peers {
         decoders: vec![Peer { uri: IN_PROCESS.into(), channel: decoder }],

@@ -131,7 +131,7 @@ async fn start(model: Option<PathBuf>, config: Config, role: Role, shutdown: Shu
             }
             Role::Vision => {
                 let bar = progress::bar(&model.weights, &VISION_PREFIXES);
-                let (vision, alive) = roles::vision(&model, &config, &mut Processor::open(&config)?, &bar, None, shutdown)?;
+                let (vision, alive) = roles::vision(&model, &config, &mut Processor::open(&config)?, &bar, shutdown)?;
                 bar.finish_and_clear();
                 routes.add_service(vision.into_server());
                 (routes, Readiness { all: vec![alive] })
