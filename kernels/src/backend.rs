@@ -111,7 +111,7 @@ pub struct GraphKey {
     /// Which sequence of ops: unique per model and phase.
     pub name: &'static str,
     /// All sizes that its launches depend on: sequences of a decode step; patches, sub-images and the largest sub-image of a vision
-    /// pass.
+    /// pass, the first and the last [padded](Backend::padded_rows).
     pub sizes: [usize; 3],
 }
 
@@ -148,6 +148,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Tokens that make a forward pass long enough for the device to be busy, and short enough that a decoding sequence does not
     /// wait for it noticeably.
     fn step_tokens(&self) -> usize;
+
+    /// Rows to which a pass of `rows` is filled up, so that few sizes come up in [`graphed`](Self::graphed).
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows
+    }
 
     /// Element type of activations and of the KV cache.
     fn activation_dtype(&self) -> DType;

@@ -79,6 +79,19 @@ fn batches_of_changing_size_give_each_request_its_own_answer() {
     });
 }
 
+/// Pictures of different sizes share a graph if they are padded to as many rows: it is recorded with one and replayed with others, over
+/// what earlier ones left in the rows that fill it up.
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn replayed_passes_give_each_picture_its_own_tokens() {
+    let server = Server::start(IDEFICS, "serve", None, &[DEVICE, ("IDEFICS_VISION__OUTPUT_CACHE_BYTES", "0")]).ready();
+    let cases = golden::encodes("demo");
+    for index in (0..CASES).chain((0..CASES).rev()).chain(0..CASES) {
+        let difference = encode(&server, &cases[index], |name| golden::demo_picture(name).into(), 16);
+        assert!(difference <= IMAGE_TOKENS_TOLERANCE, "{}: image tokens are {difference:.1e} away", cases[index].name);
+    }
+}
+
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn image_tokens_are_those_of_the_reference() {

@@ -112,6 +112,9 @@ impl Cuda {
     }
 }
 
+/// Rows of a tile of a product and of attention: what fills up the last one costs next to nothing.
+const PASS_ROWS: usize = 128;
+
 /// Where the window of a tensor begins.
 fn pointer(tensor: &Tensor<Cuda>) -> DevicePtr {
     tensor.storage.pointer() + (tensor.elements().start * tensor.dtype().size()) as u64
@@ -141,6 +144,10 @@ impl Backend for Cuda {
 
     fn step_tokens(&self) -> usize {
         4096
+    }
+
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows.next_multiple_of(PASS_ROWS)
     }
 
     fn activation_dtype(&self) -> DType {

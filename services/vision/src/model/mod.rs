@@ -70,6 +70,7 @@ impl<B: Backend> VisionModel<B> {
         limits: PassLimits,
     ) -> Result<Self> {
         let (vision, latents) = (&config.vision_config, config.perceiver_config.resampler_n_latents);
+        let limits = PassLimits { max_patches: backend.padded_rows(limits.max_patches), ..limits };
         let (patches, sub_images) = (limits.max_patches, limits.max_sub_images);
         let i32s = |rows| backend.alloc(rows, 1, DType::I32);
         let mut inputs = Inputs {
@@ -125,7 +126,8 @@ impl<B: Backend> VisionModel<B> {
         Ok(image_tokens)
     }
 
-    /// Fills the inputs; returns the patches of the largest sub-image.
+    /// Fills the inputs; returns the patches of the largest sub-image, padded. Rows that fill up a pass are pixels of earlier ones:
+    /// they belong to no sub-image, so that nothing comes of them.
     fn upload(&mut self, backend: &B, sub_images: &[&PatchGrid]) -> Result<usize> {
         let latents = self.perceiver.latents();
         let patches: usize = sub_images.iter().map(|grid| grid.rows * grid.cols).sum();
@@ -149,9 +151,15 @@ impl<B: Backend> VisionModel<B> {
             cu_q.push(cu_q[cu_q.len() - 1] + latents as i32);
             cu_k.push(first + count + latents as i32);
         }
+        // Their keys go behind all others.
+        let padded = backend.padded_rows(patches) as i32;
+        let end = cu_k[cu_k.len() - 1];
+        context_rows.extend(end..end + padded - patches as i32);
+        positions.resize(context_rows.len(), 0);
         let inputs = &mut self.inputs;
         inputs.pixels.set_rows(patches)?;
         backend.upload(&pixels, &mut inputs.pixels)?;
+        inputs.pixels.set_rows(context_rows.len())?;
         for (values, tensor) in [
             (&positions, &mut inputs.position_ids),
             (&cu_seqlens, &mut inputs.cu_seqlens),
@@ -164,6 +172,6 @@ impl<B: Backend> VisionModel<B> {
             tensor.set_rows(values.len())?;
             backend.upload(values, tensor)?;
         }
-        Ok(sub_images.iter().map(|grid| grid.rows * grid.cols).max().unwrap_or(0))
+        Ok(backend.padded_rows(sub_images.iter().map(|grid| grid.rows * grid.cols).max().unwrap_or(0)))
     }
 }
