@@ -3,11 +3,9 @@
 // A block per row. Logits are read some ten times, the first time from memory and then from the second-level cache: 4 * vocab bytes
 // move a row. Nothing is sorted: the k-th largest logit and the border of top-p are found digit by digit (radix selection), and
 // probabilities are summed as integers, so that neither the order of threads nor that of additions changes what is drawn.
-#include "common.cuh"
+#include "rank.cuh"
 
-using u64 = unsigned long long;
-
-constexpr int THREADS = 512, WARPS = THREADS / 32, DIGITS = 256;
+constexpr int DIGITS = 256;
 
 // Shared memory of a block.
 struct Shared {
@@ -16,12 +14,6 @@ struct Shared {
   u64 partial[WARPS];  // a value for each warp
   u64 found[2];        // what one thread tells all
 };
-
-// A number that is larger for a larger float.
-__device__ __forceinline__ u32 order_of(float x) {
-  const u32 bits = (u32)__float_as_int(x);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
 
 // What a row is drawn from.
 struct Row {
@@ -46,18 +38,6 @@ __device__ __forceinline__ u64 block_total(u64 v, Shared& shared) {
   CU_UNROLL
   for (int i = 0; i < WARPS; i++) total += shared.partial[i];
   return total;
-}
-
-__device__ __forceinline__ u64 block_max(u64 v, Shared& shared) {
-  CU_UNROLL
-  for (int offset = 16; offset; offset >>= 1) v = max(v, __shfl_xor_sync(0xffffffffu, v, offset));
-  __syncthreads();
-  if ((threadIdx.x & 31) == 0) shared.partial[threadIdx.x >> 5] = v;
-  __syncthreads();
-  u64 most = 0;
-  CU_UNROLL
-  for (int i = 0; i < WARPS; i++) most = max(most, shared.partial[i]);
-  return most;
 }
 
 // Adds to a digit. Two halves, since shared memory adds 32 bits by itself but 64 only in a loop of compare-and-swap, in which all
@@ -118,10 +98,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   u64 best = 0;
   for (int id = threadIdx.x; id < vocab; id += THREADS) {
     const float logit = row.logits[id];
-    if (row.allows(id, logit)) best = max(best, (u64)order_of(logit) << 32 | (0xffffffffu - (u32)id));
+    if (row.allows(id, logit)) best = max(best, rank_of(logit, id));
   }
-  best = block_max(best, shared);
-  const int argmax = (int)(0xffffffffu - (u32)best);
+  best = block_max(best, shared.partial);
+  const int argmax = id_of(best);
   if (best == 0 || !(heat > 0.f)) {
     if (threadIdx.x == 0) out[blockIdx.x] = best == 0 ? -1 : argmax;
     return;

@@ -131,7 +131,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A weight, in the device's representation.
     type WeightStorage: Send + Sync;
 
-    /// Whether [`sample`](Self::sample) is there. It is not where logits are in the host's memory anyway.
+    /// Whether [`sample`](Self::sample) and [`logprobs`](Self::logprobs) are there. They are not where logits are in the host's memory anyway.
     const SAMPLES: bool = false;
 
     /// `cpu`, or the name of the card.
@@ -257,6 +257,18 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn sample(&self, logits: &Tensor<Self>, draws: &Draws<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {
         let _ = (logits, draws, out);
         Err(Error::shape("sample", "expected a backend that samples; take the logits to the host"))
+    }
+
+    /// Log-probabilities, log softmax(logits), of one token and of the most likely ones of each row of `logits` `[n, vocab]` f32.
+    /// `token_ids` `[n, 1]` i32; `top_ids` `[n, k]` i32, k at most vocab, by falling probability and equals by id; `out` `[n, 1 + k]`
+    /// f32: that of the row's token, NaN if there is no such id, then those of `top_ids`. All of a row are NaN if it holds NaN or
+    /// positive infinity.
+    ///
+    /// # Errors
+    /// As of every op; always of a backend that does not [sample](Self::SAMPLES).
+    fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        let _ = (logits, token_ids, top_ids, out);
+        Err(Error::shape("logprobs", "expected a backend that samples; take the logits to the host"))
     }
 
     /// `silu(x[:, ..n]) * x[:, n..]`, with `x` `[tokens, 2 n]` and `out` `[tokens, n]`; Shazeer 2020 (SwiGLU).

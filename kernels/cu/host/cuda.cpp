@@ -2,6 +2,7 @@
 #include "../attention_varlen.cu"
 #include "../elementwise.cu"
 #include "../gemv.cu"
+#include "../logprobs.cu"
 #include "../norm.cu"
 #include "../paged_decode.cu"
 #include "../paged_prefill.cu"

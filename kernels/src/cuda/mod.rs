@@ -244,6 +244,10 @@ impl Backend for Cuda {
         sample::sample(self, logits, draws, out)
     }
 
+    fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        sample::logprobs(self, logits, token_ids, top_ids, out)
+    }
+
     fn silu_and_mul(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
         elementwise::silu_and_mul(self, x, out)
     }

@@ -13,6 +13,7 @@ pub struct Source {
 pub const HEADERS: &[Source] = &[
     Source { name: "common.cuh", text: include_str!("../../cu/common.cuh") },
     Source { name: "flash.cuh", text: include_str!("../../cu/flash.cuh") },
+    Source { name: "rank.cuh", text: include_str!("../../cu/rank.cuh") },
 ];
 
 /// Every file of kernels.
@@ -20,6 +21,7 @@ pub const SOURCES: &[Source] = &[
     Source { name: "attention_varlen.cu", text: include_str!("../../cu/attention_varlen.cu") },
     Source { name: "elementwise.cu", text: include_str!("../../cu/elementwise.cu") },
     Source { name: "gemv.cu", text: include_str!("../../cu/gemv.cu") },
+    Source { name: "logprobs.cu", text: include_str!("../../cu/logprobs.cu") },
     Source { name: "norm.cu", text: include_str!("../../cu/norm.cu") },
     Source { name: "paged_decode.cu", text: include_str!("../../cu/paged_decode.cu") },
     Source { name: "paged_prefill.cu", text: include_str!("../../cu/paged_prefill.cu") },

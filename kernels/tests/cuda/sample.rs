@@ -144,3 +144,57 @@ fn equals_at_the_border_stay_and_coldest_is_greedy() {
     assert_eq!(ids(0, 1.0, 1e4), [0, 1, 2, 3, 4, 5]);
     assert_eq!(ids(0, 1.0, f32::MIN_POSITIVE), [1, 2, 3]);
 }
+
+/// Log-probabilities of `token_ids` and of the `top` most likely of each row: ids, and values as the op lays them out.
+fn logprobs(cuda: &Cuda, logits: &[f32], vocab: usize, token_ids: &[i32], top: usize) -> (Vec<i32>, Vec<f32>) {
+    let n = token_ids.len();
+    let (mut top_ids, mut out) = (poisoned(cuda, n, top, DType::I32), poisoned(cuda, n, 1 + top, DType::F32));
+    cuda.logprobs(&elements(cuda, n, vocab, logits), &indices(cuda, token_ids), &mut top_ids, &mut out).unwrap();
+    let mut ids = vec![0; n * top];
+    cuda.download(&top_ids, &mut ids).unwrap();
+    (ids, read(cuda, &out))
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn logprobs_are_the_log_softmax_of_the_token_and_of_the_likeliest() {
+    let cuda = open();
+    let rng = &mut Rng(21);
+    for (vocab, top, spread) in [(1, 1, 1.0f32), (7, 7, 3.0), (603, 0, 8.0), (3001, 20, 30.0), (2048, 5, 0.0)] {
+        let rows = 3;
+        let logits: Vec<f32> = rng.units(rows * vocab).iter().map(|v| (v * spread * 4.0).round() / 4.0).collect();
+        let token_ids: Vec<i32> = (0..rows).map(|row| ((row * 997) % vocab) as i32).collect();
+        let (ids, values) = logprobs(&cuda, &logits, vocab, &token_ids, top);
+        for row in 0..rows {
+            let logits = &logits[row * vocab..(row + 1) * vocab];
+            let max = logits.iter().copied().fold(f32::MIN, f32::max);
+            let log_sum = logits.iter().map(|l| f64::from(l - max).exp()).sum::<f64>().ln();
+            // Rounding to multiples of a quarter gives many equals.
+            let mut likeliest: Vec<usize> = (0..vocab).collect();
+            likeliest.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+            let expected: Vec<i32> = likeliest[..top].iter().map(|id| *id as i32).collect();
+            assert_eq!(ids[row * top..(row + 1) * top], expected, "vocab {vocab}");
+            let wanted = std::iter::once(token_ids[row]).chain(expected);
+            for (id, value) in wanted.zip(&values[row * (1 + top)..]) {
+                let exact = f64::from(logits[id as usize] - max) - log_sum;
+                // A thread adds up to 6 terms of at most 1 in f32, expf is good to 2^-22, and the result is rounded.
+                let tolerance = 1e-6 + exact.abs() * 2f64.powi(-23);
+                assert!((f64::from(*value) - exact).abs() <= tolerance, "vocab {vocab}, id {id}: {value}, expected {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn logprobs_of_what_is_no_distribution_or_no_token_are_nan() {
+    let (cuda, vocab) = (open(), 700);
+    let mut logits = vec![0.5f32; 5 * vocab];
+    (logits[3], logits[vocab + 699], logits[2 * vocab + 600]) = (f32::NAN, -f32::NAN, f32::INFINITY);
+    logits[3 * vocab + 1..4 * vocab].fill(f32::NEG_INFINITY);
+    let (_, values) = logprobs(&cuda, &logits, vocab, &[1, 1, 1, 0, -1], 2);
+    assert!(values[..9].iter().all(|v| v.is_nan()), "{values:?}");
+    assert_eq!((values[9], values[10], values[11]), (0.0, 0.0, f32::NEG_INFINITY), "one token has it all");
+    let one = -(vocab as f32).ln();
+    assert!(values[12].is_nan() && (values[13] - one).abs() < 1e-6 && values[13] == values[14], "{values:?}");
+}
