@@ -154,12 +154,44 @@ pub(crate) fn safetensors(tensors: &[(String, DType, Vec<usize>, Vec<u8>)]) -> V
     file
 }
 
+/// Compares results with exact ones, and says at the end how far the worst was off (`--no-capture` shows it).
+pub(crate) struct Comparison {
+    name: String,
+    error: f64,
+    share: f64,
+}
+
+impl Comparison {
+    /// `name` has the op and its shapes.
+    pub(crate) fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), error: 0.0, share: 0.0 }
+    }
+
+    /// That `found`, which stands at `place`, differs from `expected` by at most `allowed`, and is a number.
+    pub(crate) fn add(&mut self, place: std::fmt::Arguments<'_>, found: f32, expected: f64, allowed: f64) {
+        let error = (f64::from(found) - expected).abs();
+        assert!(error <= allowed, "{}: {place} is {found}, expected {expected}: off by {error:e}, allowed {allowed:e}", self.name);
+        self.error = self.error.max(error);
+        if error > 0.0 {
+            self.share = self.share.max(error / allowed);
+        }
+    }
+}
+
+impl Drop for Comparison {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            println!("{}: off by at most {:.1e}, {:.0} % of what is allowed", self.name, self.error, 100.0 * self.share);
+        }
+    }
+}
+
 /// That `found` differs from `expected` by at most `tolerance(i)`, and is a number.
 pub(crate) fn assert_close(name: &str, found: &[f32], expected: &[f64], tolerance: impl Fn(usize) -> f64) {
     assert_eq!(found.len(), expected.len(), "{name}");
+    let mut comparison = Comparison::new(name);
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-        let error = (f64::from(*found) - expected).abs();
-        assert!(error <= tolerance(i), "{name}: element {i} is {found}, expected {expected}: off by {error:e}, allowed {:e}", tolerance(i));
+        comparison.add(format_args!("element {i}"), *found, *expected, tolerance(i));
     }
 }
 

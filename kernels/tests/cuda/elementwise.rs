@@ -37,7 +37,7 @@ fn gate_and_up_are_multiplied() {
             .collect();
         // The fast exponential is good to 2^-21 (CUDA C++ programming guide, mathematical functions), far below bf16.
         let tolerance = |i: usize| expected[i].abs() * (BF16_ROUNDING + 1e-5) + 1e-30;
-        assert_close(&format!("{rows} x {n}"), &read(&cuda, &out), &expected, tolerance);
+        assert_close(&format!("silu_and_mul {rows} x {n}"), &read(&cuda, &out), &expected, tolerance);
         assert_untouched_around("silu_and_mul", &cuda, &mut out);
     }
 }
@@ -59,7 +59,7 @@ fn recorded_ops_read_what_their_tensors_hold_then() {
         .unwrap();
         assert_eq!(called, turn < 2);
         let expected = f64::from(value).powi(2) / (1.0 + f64::from(-value).exp());
-        assert_close(&format!("turn {turn}"), &read(&cuda, &out), &[expected; 16], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
+        assert_close(&format!("graph, turn {turn}"), &read(&cuda, &out), &[expected; 16], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
     }
 }
 
@@ -84,7 +84,7 @@ fn recording_that_fails_leaves_the_card_as_it_was() {
     for _ in 0..2 {
         cuda.graphed(key, &mut || cuda.silu_and_mul(&x, &mut out)).unwrap();
         let expected = 1.0 / (1.0 + (-1f64).exp());
-        assert_close("behind the failures", &read(&cuda, &out), &[expected; 16], |_| BF16_ROUNDING);
+        assert_close("graph, behind the failures", &read(&cuda, &out), &[expected; 16], |_| BF16_ROUNDING);
     }
 }
 
@@ -103,7 +103,7 @@ fn ops_that_cannot_be_recorded_run() {
         };
         cuda.graphed(GraphKey { name: "waits", sizes: [0; 3] }, waits).unwrap();
         let expected = f64::from(value).powi(2) / (1.0 + f64::from(-value).exp());
-        assert_close("waits", &read(&cuda, &out), &[expected; 16], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
+        assert_close("graph, waits", &read(&cuda, &out), &[expected; 16], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
     }
 }
 

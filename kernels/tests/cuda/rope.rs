@@ -37,7 +37,7 @@ fn heads_are_rotated_and_keys_and_values_stored() {
         let found = read(&cuda, &qkv);
         for row in 0..rows {
             let expected: Vec<f64> = (0..num_heads).flat_map(|head| rotated(row, head)).collect();
-            assert_close(&format!("q {shape:?} row {row}"), &found[row * cols..][..q_size], &expected, tolerance);
+            assert_close(&format!("rope q {shape:?} row {row}"), &found[row * cols..][..q_size], &expected, tolerance);
         }
         let (k, v) = (read(&cuda, &kv.k), read(&cuda, &kv.v));
         for slot in 0..12 {
@@ -47,7 +47,7 @@ fn heads_are_rotated_and_keys_and_values_stored() {
                 continue;
             };
             let expected: Vec<f64> = (0..num_kv_heads).flat_map(|head| rotated(row, num_heads + head)).collect();
-            assert_close(&format!("k {shape:?} slot {slot}"), k, &expected, tolerance);
+            assert_close(&format!("rope k {shape:?} slot {slot}"), k, &expected, tolerance);
             assert_eq!(v, &values[row * cols + q_size + kv_size..][..kv_size], "v {shape:?} slot {slot}");
         }
         assert_untouched_around("k", &cuda, &mut kv.k);
