@@ -41,10 +41,9 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
     /// Those of [`tensor`](Self::tensor).
     pub fn stacked<const N: usize, const PARTS: usize>(&self, parts: [(&str, [usize; N]); PARTS]) -> Result<Matrix<B>> {
         let views: Vec<WeightView> = parts.iter().map(|(name, shape)| self.weights.get(&self.key(name), shape)).collect::<Result<_>>()?;
-        for view in &views {
-            (self.progress)(view.prefetch());
-        }
-        self.backend.load_weight(&views)
+        let matrix = self.backend.load_weight(&views)?;
+        (self.progress)(views.iter().map(|view| view.bytes().len()).sum());
+        Ok(matrix)
     }
 
     fn key(&self, name: &str) -> String {

@@ -57,7 +57,7 @@ struct Segment {
 }
 
 impl CpuWeight {
-    /// Stacks `parts`: matrices by rows, vectors end to end.
+    /// Stacks `parts`: matrices by rows, vectors end to end. Matrices stay where they are mapped, read into memory.
     pub(crate) fn load(parts: &[WeightView]) -> Result<Matrix<Cpu>> {
         let fail = |what: String| Err(Error::shape("load_weight", what));
         let Some(first) = parts.first() else { return fail("expected at least one part, found none".into()) };
@@ -77,6 +77,7 @@ impl CpuWeight {
         let mut rows = 0;
         let mut segments = Vec::with_capacity(parts.len());
         for part in parts {
+            part.prefetch();
             segments.push(Segment { view: part.clone(), rows: rows..rows + part.rows() });
             rows += part.rows();
         }

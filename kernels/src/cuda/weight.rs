@@ -3,6 +3,13 @@
 use super::{Cuda, driver::DeviceBuffer};
 use crate::{DType, Error, Matrix, Result, weights::WeightView};
 use half::{bf16, f16};
+use rayon::{
+    iter::{IndexedParallelIterator, ParallelIterator},
+    slice::ParallelSliceMut,
+};
+
+/// What a thread brings into pinned memory in one go.
+const THREAD_BYTES: usize = 256 << 10;
 
 /// [`Backend::load_weight`](crate::Backend::load_weight)
 pub(super) fn load(cuda: &Cuda, parts: &[WeightView]) -> Result<Matrix<Cuda>> {
@@ -14,8 +21,11 @@ pub(super) fn load(cuda: &Cuda, parts: &[WeightView]) -> Result<Matrix<Cuda>> {
         let bytes = source.len() / part.dtype.size() * size_of::<bf16>();
         let dtype = part.dtype;
         cuda.staging().upload(to, bytes, |offset, piece| {
-            let from = offset / size_of::<bf16>() * dtype.size();
-            convert(dtype, &source[from..from + piece.len() / size_of::<bf16>() * dtype.size()], piece);
+            // A bus takes more than one thread gives: it would wait for page faults and copies.
+            piece.par_chunks_mut(THREAD_BYTES).enumerate().for_each(|(i, piece)| {
+                let from = (offset + i * THREAD_BYTES) / size_of::<bf16>() * dtype.size();
+                convert(dtype, &source[from..from + piece.len() / size_of::<bf16>() * dtype.size()], piece);
+            });
         })?;
         to += bytes as u64;
     }
