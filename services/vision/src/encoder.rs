@@ -2,7 +2,7 @@
 
 use crate::{
     config::Config,
-    engine::{Encoded, Engine, EngineError, Picture, QueuePermit},
+    engine::{Encoded, Engine, EngineError, EngineStats, Picture, QueuePermit},
     flights::{Boarding, Flights},
     metrics::{self, Source},
     output_cache::{Output, OutputCache, PictureId},
@@ -91,22 +91,21 @@ impl Encoder {
         let arrived_at = Instant::now();
         let (pipeline, stats) = (&self.pipeline, self.pipeline.engine.stats());
         let boarding = self.flights.board(id, || pipeline.cache().get(&id), || Arc::clone(pipeline).start(id, image))?;
-        let (flight, source) = match boarding {
+        let flight = match boarding {
             Boarding::Done(Output { encoded, sub_images, .. }) => {
                 stats.num_cached_calls.fetch_add(1, Ordering::Relaxed);
-                let timings = EncodeTimings::default();
-                metrics::answered(Source::Cached, &timings);
-                return Ok(Answer { encoded, sub_images, timings, cached: true });
+                metrics::answered(Source::Cached);
+                return Ok(Answer { encoded, sub_images, timings: EncodeTimings::default(), cached: true });
             }
             Boarding::Joined(flight) => {
                 stats.num_coalesced_calls.fetch_add(1, Ordering::Relaxed);
-                (flight, Source::Coalesced)
+                metrics::answered(Source::Coalesced);
+                flight
             }
-            Boarding::Started(flight) => (flight, Source::Computed),
+            Boarding::Started(flight) => flight,
         };
         let output = flight.await?;
         let timings = timings(&output, arrived_at);
-        metrics::answered(source, &timings);
         Ok(Answer { encoded: output.encoded, sub_images: output.sub_images, timings, cached: false })
     }
 }
@@ -120,11 +119,14 @@ impl Pipeline {
 
     async fn encode(self: Arc<Self>, id: PictureId, image: Bytes, queue_permit: QueuePermit) -> Result<Output, EncodeError> {
         let queued_at = Instant::now();
+        let unprepared = Unprepared(self.engine.stats());
         // Both wait in the order of arrival.
         let memory_permit = acquire(&self.memory).await?;
         let thread_permit = acquire(&self.threads).await?;
         let preprocess_started_at = Instant::now();
-        let (grids, memory_permit) = self.preprocess(image, id.options, thread_permit, memory_permit).await?;
+        let prepared = self.preprocess(image, id.options, thread_permit, memory_permit).await;
+        unprepared.end();
+        let (grids, memory_permit) = prepared?;
         let preprocessed_at = Instant::now();
         let sub_images: Arc<[SubImage]> =
             grids.iter().map(|g| SubImage { width: g.width, height: g.height, patches: (g.rows * g.cols) as u32 }).collect();
@@ -137,7 +139,9 @@ impl Pipeline {
             }
         });
         let encoded = self.engine.encode(Picture { sub_images: grids, queue_permit, memory_permit, on_encoded }).await?;
-        Ok(output(encoded))
+        let output = output(encoded);
+        metrics::computed(&timings(&output, queued_at));
+        Ok(output)
     }
 
     /// Patches of a picture, made on a blocking thread. Both permits go there: a cancelled call gives them back when the
@@ -170,6 +174,23 @@ impl Pipeline {
 
     fn cache(&self) -> MutexGuard<'_, OutputCache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A picture on its way to the engine, which counts as given up if it is dropped; from there on the engine counts.
+struct Unprepared<'a>(&'a EngineStats);
+
+impl Unprepared<'_> {
+    /// The picture has got there, or is at fault.
+    fn end(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Unprepared<'_> {
+    fn drop(&mut self) {
+        self.0.num_abandoned_images.fetch_add(1, Ordering::Relaxed);
+        metrics::abandoned(1);
     }
 }
 

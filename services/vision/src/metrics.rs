@@ -9,7 +9,10 @@ pub(crate) fn describe() {
     describe_gauge!("idefics_vision_images_queued", "Pictures admitted and not yet encoded");
     describe_gauge!("idefics_vision_images_ready", "Of these, pictures that wait for a pass or take part in one");
     describe_gauge!("idefics_vision_output_cache_bytes", "Image tokens kept for later calls");
-    describe_counter!("idefics_vision_images_total", "Pictures answered, by source: computed, coalesced (with a call under way) or cached");
+    describe_counter!(
+        "idefics_vision_images_total",
+        "Pictures computed, and calls that were coalesced with one under way or answered from the cache"
+    );
     describe_counter!("idefics_vision_images_refused_total", "Pictures refused because the queue was full");
     describe_counter!("idefics_vision_images_abandoned_total", "Pictures given up because nobody waited for them any more");
     describe_histogram!("idefics_vision_preprocess_seconds", "Decoding, resizing and cutting a picture");
@@ -43,27 +46,28 @@ pub(crate) fn abandoned(images: u64) {
     counter!("idefics_vision_images_abandoned_total").increment(images);
 }
 
-/// Where the tokens of a call came from.
+/// Where the tokens of a call came from, if not from work of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    Computed,
     Coalesced,
     Cached,
 }
 
-/// Records a call that was answered. Only who did the work records its stages.
-pub(crate) fn answered(source: Source, timings: &EncodeTimings) {
+/// Counts a call that needs no work of its own.
+pub(crate) fn answered(source: Source) {
     let label = match source {
-        Source::Computed => "computed",
         Source::Coalesced => "coalesced",
         Source::Cached => "cached",
     };
     counter!("idefics_vision_images_total", "source" => label).increment(1);
-    if source == Source::Computed {
-        histogram!("idefics_vision_preprocess_seconds").record(timings.preprocess_ms / 1e3);
-        histogram!("idefics_vision_queue_seconds").record(timings.queue_ms / 1e3);
-        histogram!("idefics_vision_encode_seconds").record(timings.encode_ms / 1e3);
-    }
+}
+
+/// Records a picture that was computed, whichever of its calls saw it done.
+pub(crate) fn computed(timings: &EncodeTimings) {
+    counter!("idefics_vision_images_total", "source" => "computed").increment(1);
+    histogram!("idefics_vision_preprocess_seconds").record(timings.preprocess_ms / 1e3);
+    histogram!("idefics_vision_queue_seconds").record(timings.queue_ms / 1e3);
+    histogram!("idefics_vision_encode_seconds").record(timings.encode_ms / 1e3);
 }
 
 pub(crate) fn shipped(elapsed: Duration) {
