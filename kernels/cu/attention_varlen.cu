@@ -19,7 +19,7 @@ struct PackedKeys {
   const unsigned char *k, *v;        // the chunk that this thread copies, in row 0
   unsigned k_stride, v_stride, len;  // strides in bytes
 
-  __device__ __forceinline__ PackedKeys(const bf16* __restrict__ k, const bf16* __restrict__ v, int k_stride, int v_stride, int len)
+  __device__ __forceinline__ PackedKeys(const bf16* k, const bf16* v, int k_stride, int v_stride, int len)
       : k(reinterpret_cast<const unsigned char*>(k) + threadIdx.x % H::CHUNKS * 16),
         v(reinterpret_cast<const unsigned char*>(v) + threadIdx.x % H::CHUNKS * 16),
         k_stride(2u * k_stride),
@@ -44,10 +44,9 @@ struct PackedKeys {
 };
 
 template <int D>
-__device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
-                                          bf16* __restrict__ out, const int* __restrict__ cu_seqlens_q,
-                                          const int* __restrict__ cu_seqlens_k, const flash::Meeting& meeting, int rows_q,
-                                          int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {
+__device__ __forceinline__ void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, const int* cu_seqlens_q,
+                                          const int* cu_seqlens_k, const flash::Meeting& meeting, int rows_q, int rows_k,
+                                          int q_stride, int k_stride, int v_stride, int group, float scale) {
   CU_SHARED(unsigned char, bytes);
   const int sequence = blockIdx.z, head = blockIdx.y, out_stride = gridDim.y * group * D;
   if (sequence + 1 == (int)gridDim.z) {
@@ -80,14 +79,15 @@ __device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16
 
 }  // namespace varlen
 
-#define ATTENTION_VARLEN(D)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(flash::THREADS, flash::Head<D>::BLOCKS) attention_varlen_##D(                 \
-      const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ out,            \
-      const int* __restrict__ cu_seqlens_q, const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int splits, \
-      int rows_q, int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {                            \
-    varlen::attention<D>(q, k, v, out, cu_seqlens_q, cu_seqlens_k, {partials, arrived, splits}, rows_q, rows_k, q_stride,    \
-                         k_stride, v_stride, group, scale);                                                                  \
-  }                                                                                                                          \
+#define ATTENTION_VARLEN(D)                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(flash::THREADS, flash::Head<D>::BLOCKS) attention_varlen_##D(                     \
+      const bf16* q, const bf16* k, const bf16* v, bf16* out, const int* cu_seqlens_q, const int* cu_seqlens_k, float* partials, \
+      int* arrived, int splits, int rows_q, int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {      \
+    ptx::launch_dependents();                                                                                                    \
+    ptx::wait_for_earlier_kernels();                                                                                             \
+    varlen::attention<D>(q, k, v, out, cu_seqlens_q, cu_seqlens_k, {partials, arrived, splits}, rows_q, rows_k, q_stride,        \
+                         k_stride, v_stride, group, scale);                                                                      \
+  }                                                                                                                              \
   CU_EXPORT(attention_varlen_##D)
 
 ATTENTION_VARLEN(64)

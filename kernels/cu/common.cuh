@@ -2,6 +2,14 @@
 //
 // Headers of CUDA are not used, so that NVRTC needs nothing but this file. Each wrapper around an instruction has a second body
 // for the host (CUEMU, see host/cuemu.h), with which the same .cu files run and are tested without a card.
+//
+// A kernel starts while those ahead of it still run, from compute capability 9.0 on (CUDA programming guide, "Programmatic
+// Dependent Launch and Synchronization"), which hides its launch and lets its weights arrive meanwhile. So every kernel
+//   - calls ptx::launch_dependents() first, which only says that blocks of the next one may take what room is left;
+//   - has every thread call ptx::wait_for_earlier_kernels() before it reads or writes anything but weights, which no kernel writes.
+//     Without exception: the next kernel waits for the end of this one only, and takes it for the end of all before;
+//   - has no pointer that is __restrict__. What a kernel only reads through such pointers is taken to be constant while it runs, so
+//     that the compiler may load it before the wait (NVIDIA/cccl#11463) or as ld.global.nc, which sees no later writes.
 #pragma once
 
 using u8 = unsigned char;
@@ -159,6 +167,9 @@ static inline uint4 load_stream(const uint4* p) {
 }
 static inline float exp2(float x) { return exp2f(x); }
 static inline unsigned thread() { return threadIdx.x; }
+// The driver's stand-in starts blocks of the kernels behind this one whether or not they are asked to start.
+static inline void launch_dependents() {}
+static inline void wait_for_earlier_kernels() { cuemu::wait_for_earlier_kernels(); }
 
 #else
 
@@ -224,10 +235,11 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// 16 bytes that are read once: they leave no trace in the first-level cache.
+// 16 bytes that are read once: they leave no trace in the first-level cache. Not ld.global.nc, which ptxas moves behind
+// griddepcontrol.wait.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 __device__ __forceinline__ float exp2(float x) {
@@ -240,6 +252,18 @@ __device__ __forceinline__ unsigned thread() {
   unsigned x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
+}
+// Lets the next kernel of the stream start once every block of this one is here (griddepcontrol, PTX ISA 7.8).
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Waits until the kernels ahead have ended and what they wrote is there.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #endif

@@ -4,8 +4,7 @@
 // Rows by index: out[i] = src[rows[i]] (gather) or out[rows[i]] = src[i] (scatter), rows of `row_bytes` bytes that are a multiple
 // of sizeof(T). A block per row; threads stride over it. An index outside of [0, limit) gives zeros, or writes nothing.
 template <typename T>
-__device__ __forceinline__ void gather(const T* __restrict__ src, const int* __restrict__ rows, T* __restrict__ out, int row_bytes,
-                                       int limit) {
+__device__ __forceinline__ void gather(const T* src, const int* rows, T* out, int row_bytes, int limit) {
   const size_t words = row_bytes / sizeof(T);
   const int row = rows[blockIdx.x];
   const bool valid = row >= 0 && row < limit;
@@ -13,8 +12,7 @@ __device__ __forceinline__ void gather(const T* __restrict__ src, const int* __r
 }
 
 template <typename T>
-__device__ __forceinline__ void scatter(const T* __restrict__ src, const int* __restrict__ rows, T* __restrict__ out, int row_bytes,
-                                        int limit) {
+__device__ __forceinline__ void scatter(const T* src, const int* rows, T* out, int row_bytes, int limit) {
   const size_t words = row_bytes / sizeof(T);
   const int row = rows[blockIdx.x];
   if (row < 0 || row >= limit) return;
@@ -24,11 +22,15 @@ __device__ __forceinline__ void scatter(const T* __restrict__ src, const int* __
 #define ROWS(BYTES, T)                                                                        \
   extern "C" __global__ void __launch_bounds__(256)                                           \
       gather_rows_##BYTES(const T* src, const int* rows, T* out, int row_bytes, int limit) {  \
+    ptx::launch_dependents();                                                                 \
+    ptx::wait_for_earlier_kernels();                                                          \
     gather(src, rows, out, row_bytes, limit);                                                 \
   }                                                                                           \
   CU_EXPORT(gather_rows_##BYTES)                                                              \
   extern "C" __global__ void __launch_bounds__(256)                                           \
       scatter_rows_##BYTES(const T* src, const int* rows, T* out, int row_bytes, int limit) { \
+    ptx::launch_dependents();                                                                 \
+    ptx::wait_for_earlier_kernels();                                                          \
     scatter(src, rows, out, row_bytes, limit);                                                \
   }                                                                                           \
   CU_EXPORT(scatter_rows_##BYTES)
@@ -39,8 +41,10 @@ ROWS(1, u8)
 
 // out[p, j] = table[channel(j), pixels[p, j]]: `cols` = channels * area pixels a row. A thread per element; the table, 256 floats
 // a channel, stays in the first-level cache.
-extern "C" __global__ void __launch_bounds__(256) normalize_patches(const u8* __restrict__ pixels, const float* __restrict__ table,
-                                                                    bf16* __restrict__ out, int rows, int cols, int area) {
+extern "C" __global__ void __launch_bounds__(256)
+    normalize_patches(const u8* pixels, const float* table, bf16* out, int rows, int cols, int area) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   const size_t n = (size_t)rows * cols;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
     const int channel = (int)(i % cols) / area;
@@ -52,8 +56,9 @@ CU_EXPORT(normalize_patches)
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
 // out[t, j] = silu(x[t, j]) * x[t, n + j]; Shazeer 2020. x [rows, 2 n], out [rows, n]. A thread per 8 elements where n allows.
-extern "C" __global__ void __launch_bounds__(256)
-    silu_and_mul(const bf16* __restrict__ x, bf16* __restrict__ out, int rows, int n) {
+extern "C" __global__ void __launch_bounds__(256) silu_and_mul(const bf16* x, bf16* out, int rows, int n) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   const size_t first = blockIdx.x * (size_t)blockDim.x + threadIdx.x, step = (size_t)gridDim.x * blockDim.x;
   if (n % 8 == 0) {
     const size_t chunks = n / 8;

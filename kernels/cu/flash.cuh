@@ -47,14 +47,13 @@ __device__ __forceinline__ ptx::smem_t queries_at(ptx::smem_t shared) {
 struct Span {
   int start, len;
 };
-__device__ __forceinline__ Span span(const int* __restrict__ cu_seqlens, int i, int rows) {
+__device__ __forceinline__ Span span(const int* cu_seqlens, int i, int rows) {
   const int start = min(max(cu_seqlens[i], 0), rows);
   return {start, min(max(cu_seqlens[i + 1], start), rows) - start};
 }
 
 // Zeros for the rows of out [rows, cols] that belong to no sequence: the blocks of the last z share them.
-__device__ __forceinline__ void zero_rest(bf16* __restrict__ out, const int* __restrict__ cu_seqlens, int sequences, int rows,
-                                          int cols) {
+__device__ __forceinline__ void zero_rest(bf16* out, const int* cu_seqlens, int sequences, int rows, int cols) {
   const int first = min(max(cu_seqlens[0], 0), rows), end = min(max(cu_seqlens[sequences], 0), rows);
   const size_t block = blockIdx.y * gridDim.x + blockIdx.x, step = (size_t)gridDim.x * gridDim.y * blockDim.x;
   for (size_t i = block * blockDim.x + threadIdx.x; i < (size_t)first * cols; i += step) out[i] = bf16{0};
@@ -68,7 +67,7 @@ struct Entries {
 
 // Copies the queries of a tile; `q` is the group's first element in the sequence's first row. Entries beyond the last are zeros.
 template <int D>
-__device__ __forceinline__ void load_queries(ptx::smem_t dst, const bf16* __restrict__ q, int stride, const Entries& entries) {
+__device__ __forceinline__ void load_queries(ptx::smem_t dst, const bf16* q, int stride, const Entries& entries) {
   using H = Head<D>;
   const int row = threadIdx.x / H::CHUNKS, chunk = threadIdx.x % H::CHUNKS;
   if (row >= H::PASS) return;
@@ -315,7 +314,7 @@ struct Accumulator {
 
   // Divides by the sums and stores; `out` is the group's first element in the sequence's first row. Rows that saw nothing are
   // zeros.
-  __device__ __forceinline__ void store(bf16* __restrict__ out, int stride, const Entries& entries) const {
+  __device__ __forceinline__ void store(bf16* out, int stride, const Entries& entries) const {
     const int lane = threadIdx.x & 31;
     CU_UNROLL
     for (int m = 0; m < 2; m++) {
@@ -385,8 +384,7 @@ __device__ __forceinline__ int2 causal_keys(int position, int len, int window) {
 }
 
 // Writes what each entry of the tile sees to `seen` [ROWS], those beyond the last excepted. The caller synchronises.
-__device__ __forceinline__ Visible causal(int2* seen, const int* __restrict__ positions, int len, int window,
-                                          const Entries& entries) {
+__device__ __forceinline__ Visible causal(int2* seen, const int* positions, int len, int window, const Entries& entries) {
   Visible all{len, 0, 0, len};
   const int lane = threadIdx.x & 31;
   for (int r = lane; r < ROWS; r += 32) {

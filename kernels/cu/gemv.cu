@@ -6,7 +6,8 @@
 // W by up to 8 of x (mma m16n8k16), which costs no conversions and next to no issue slots, whatever n is. Since a sum does not care
 // how its terms are numbered, lane (g, q) of a warp owns 8 consecutive elements of k of rows g and g + 8 of W and of row g of x:
 // one load of 16 bytes each, straight into the registers that mma takes. Nothing passes through shared memory, as no warp needs
-// what another has, but the sums of the warps at the end. DEPTH batches are under way: 2 KiB a warp each, 16 warps an SM.
+// what another has, but the sums of the warps at the end. DEPTH batches are under way: 2 KiB a warp each, 16 warps an SM. The first
+// of them do not wait for the kernels ahead.
 //
 // A row's result depends neither on n nor on its place among the rows, and not on the card: k is split the same way always, and
 // warps are added in their order.
@@ -24,15 +25,16 @@ constexpr int SUM_STRIDE = WEIGHT_ROWS + 4;  // floats; spreads what a warp stor
 template <bool ALIGNED>
 __device__ __forceinline__ uint4 load_octet(const bf16* p, int left, bool once) {
   if (left <= 0) return uint4{0, 0, 0, 0};
-  if (ALIGNED) {
+  if constexpr (ALIGNED) {
     const uint4* octet = reinterpret_cast<const uint4*>(p);
     return once ? ptx::load_stream(octet) : *octet;
+  } else {
+    u32 pairs[4];
+    CU_UNROLL
+    for (int j = 0; j < 4; j++)
+      pairs[j] = (2 * j < left ? p[2 * j].bits : 0u) | (2 * j + 1 < left ? (u32)p[2 * j + 1].bits : 0u) << 16;
+    return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
   }
-  u32 pairs[4];
-  CU_UNROLL
-  for (int j = 0; j < 4; j++)
-    pairs[j] = (2 * j < left ? p[2 * j].bits : 0u) | (2 * j + 1 < left ? (u32)p[2 * j + 1].bits : 0u) << 16;
-  return uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // A lane's part of a batch: rows g and g + 8 of W, and row g of each 8 rows of x.
@@ -52,8 +54,9 @@ enum Epilogue { STORE = 0, ACCUMULATE = 1, GELU_TANH = 2 };
 
 // Rows 8 X_TILES blockIdx.y and on of x by rows 16 blockIdx.x and on of W. ALIGNED: k is a multiple of 8.
 template <int X_TILES, int DEPTH, bool ALIGNED>
-__device__ __forceinline__ void gemv(const bf16* __restrict__ x, const bf16* __restrict__ weight, const bf16* __restrict__ bias,
-                                     void* out, int n, int m, int k, int epilogue, int out_is_float) {
+__device__ __forceinline__ void gemv(const bf16* x, const bf16* weight, const bf16* bias, void* out, int n, int m, int k,
+                                     int epilogue, int out_is_float) {
+  ptx::launch_dependents();
   CU_SHARED(float, sums);  // [WARPS, 8 X_TILES, SUM_STRIDE]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3;
   const int first_row = blockIdx.x * WEIGHT_ROWS, first_x = blockIdx.y * 8 * X_TILES;
@@ -72,13 +75,19 @@ __device__ __forceinline__ void gemv(const bf16* __restrict__ x, const bf16* __r
     x_next[t] = x + (size_t)(first_x + 8 * t + g) * k + position;
   }
 
-  // Loads the warp's d-th batch from here.
-  auto load = [&](Batch<X_TILES>& b, int d, bool is_whole) {
+  // Loads the warp's d-th batch from here: first what no kernel writes, then what one may just have written.
+  auto load_weights = [&](Batch<X_TILES>& b, int d, bool is_whole) {
     CU_UNROLL
     for (int s = 0; s < STEPS; s++) {
       const int offset = d * WARPS * BATCH + s * 32, left = is_whole ? 8 : k - position - offset;
       CU_UNROLL
       for (int i = 0; i < 2; i++) b.w[s][i] = load_octet<ALIGNED>(w_next[i] + offset, left, true);
+    }
+  };
+  auto load_x = [&](Batch<X_TILES>& b, int d, bool is_whole) {
+    CU_UNROLL
+    for (int s = 0; s < STEPS; s++) {
+      const int offset = d * WARPS * BATCH + s * 32, left = is_whole ? 8 : k - position - offset;
       CU_UNROLL
       for (int t = 0; t < X_TILES; t++) b.x[s][t] = load_octet<ALIGNED>(x_next[t] + offset, has_x[t] ? left : 0, false);
     }
@@ -99,12 +108,16 @@ __device__ __forceinline__ void gemv(const bf16* __restrict__ x, const bf16* __r
 
   Batch<X_TILES> stage[DEPTH];
   CU_UNROLL
-  for (int d = 0; d < DEPTH; d++) load(stage[d], d, false);
+  for (int d = 0; d < DEPTH; d++) load_weights(stage[d], d, false);
+  ptx::wait_for_earlier_kernels();
+  CU_UNROLL
+  for (int d = 0; d < DEPTH; d++) load_x(stage[d], d, false);
   auto turn = [&](bool is_whole) {
     CU_UNROLL
     for (int d = 0; d < DEPTH; d++) {
       multiply(stage[d]);
-      load(stage[d], d + DEPTH, is_whole);
+      load_weights(stage[d], d + DEPTH, is_whole);
+      load_x(stage[d], d + DEPTH, is_whole);
     }
     constexpr int TURN = DEPTH * WARPS * BATCH;
     position += TURN;
@@ -142,12 +155,11 @@ __device__ __forceinline__ void gemv(const bf16* __restrict__ x, const bf16* __r
 
 }  // namespace linear
 
-#define GEMV(NAME, X_TILES, DEPTH, ALIGNED)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(linear::WARPS * 32, 2)                                                           \
-      NAME(const bf16* __restrict__ x, const bf16* __restrict__ weight, const bf16* __restrict__ bias, void* out, int n, int m, \
-           int k, int epilogue, int out_is_float) {                                                                             \
-    linear::gemv<X_TILES, DEPTH, ALIGNED>(x, weight, bias, out, n, m, k, epilogue, out_is_float);                               \
-  }                                                                                                                             \
+#define GEMV(NAME, X_TILES, DEPTH, ALIGNED)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(linear::WARPS * 32, 2)                                                             \
+      NAME(const bf16* x, const bf16* weight, const bf16* bias, void* out, int n, int m, int k, int epilogue, int out_is_float) { \
+    linear::gemv<X_TILES, DEPTH, ALIGNED>(x, weight, bias, out, n, m, k, epilogue, out_is_float);                                 \
+  }                                                                                                                               \
   CU_EXPORT(NAME)
 GEMV(gemv_8, 1, 4, true)
 GEMV(gemv_16, 2, 3, true)

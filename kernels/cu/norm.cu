@@ -3,7 +3,7 @@
 
 // Calls f(index, value) for each element of a row, 8 at a time where `cols` and alignment allow.
 template <typename F>
-__device__ __forceinline__ void for_each(const bf16* __restrict__ row, int cols, F f) {
+__device__ __forceinline__ void for_each(const bf16* row, int cols, F f) {
   if (cols % 8 == 0) {
     for (int i = threadIdx.x; i < cols / 8; i += blockDim.x) {
       const uint4 v = reinterpret_cast<const uint4*>(row)[i];
@@ -21,7 +21,7 @@ __device__ __forceinline__ void for_each(const bf16* __restrict__ row, int cols,
 
 // Stores f(index, value) for each element of a row, likewise.
 template <typename F>
-__device__ __forceinline__ void map(const bf16* __restrict__ row, bf16* __restrict__ out, int cols, F f) {
+__device__ __forceinline__ void map(const bf16* row, bf16* out, int cols, F f) {
   if (cols % 8 == 0) {
     for (int i = threadIdx.x; i < cols / 8; i += blockDim.x) {
       const uint4 v = reinterpret_cast<const uint4*>(row)[i];
@@ -38,8 +38,9 @@ __device__ __forceinline__ void map(const bf16* __restrict__ row, bf16* __restri
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich 2019. x and y [rows, cols].
-extern "C" __global__ void __launch_bounds__(256)
-    rms_norm(const bf16* __restrict__ x, const bf16* __restrict__ weight, bf16* __restrict__ y, int cols, float eps) {
+extern "C" __global__ void __launch_bounds__(256) rms_norm(const bf16* x, const bf16* weight, bf16* y, int cols, float eps) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   CU_SHARED(float, scratch);
   const bf16* row = x + (size_t)blockIdx.x * cols;
   float squares = 0.f;
@@ -52,8 +53,9 @@ CU_EXPORT(rms_norm)
 // y = (x - mean) / sqrt(var + eps) * weight + bias; Ba et al. 2016. The variance is taken around the mean in a pass of its own:
 // the difference of two large sums would cancel.
 extern "C" __global__ void __launch_bounds__(256)
-    layer_norm(const bf16* __restrict__ x, const bf16* __restrict__ weight, const bf16* __restrict__ bias, bf16* __restrict__ y,
-               int cols, float eps) {
+    layer_norm(const bf16* x, const bf16* weight, const bf16* bias, bf16* y, int cols, float eps) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   CU_SHARED(float, scratch);  // [2, 32]
   const bf16* row = x + (size_t)blockIdx.x * cols;
   float sum = 0.f;

@@ -38,7 +38,7 @@ struct Fragments {
   uint4 v[4][V];  // values 2 q, 2 q + 1, 2 q + 8, 2 q + 9: elements 64 i + 8 g ..
 
   // `at` is key head and row 0 of the cache, `slot` the row of key lane % 16. Beyond D a lane reads elements that do not count.
-  __device__ __forceinline__ void load_keys(const bf16* __restrict__ at, int slot, int stride) {
+  __device__ __forceinline__ void load_keys(const bf16* at, int slot, int stride) {
     const int lane = threadIdx.x & 31;
     CU_UNROLL
     for (int j = 0; j < 2; j++) {
@@ -48,7 +48,7 @@ struct Fragments {
         k[j][i] = ptx::load_stream(reinterpret_cast<const uint4*>(row) + min(4 * i + (lane & 3), D / 8 - 1));
     }
   }
-  __device__ __forceinline__ void load_values(const bf16* __restrict__ at, int slot, int stride) {
+  __device__ __forceinline__ void load_values(const bf16* at, int slot, int stride) {
     const int lane = threadIdx.x & 31;
     CU_UNROLL
     for (int j = 0; j < 4; j++) {
@@ -85,7 +85,7 @@ struct State {
   }
 
   // Row h of this lane from `row`; elements beyond D stay 0, so those of the keys do not matter.
-  __device__ __forceinline__ void load_query(int h, const bf16* __restrict__ row) {
+  __device__ __forceinline__ void load_query(int h, const bf16* row) {
     CU_UNROLL
     for (int i = 0; i < K; i++) {
       const int chunk = 4 * i + (threadIdx.x & 3);
@@ -224,12 +224,11 @@ __device__ __forceinline__ void combine(const float* partials, int count, int en
 }
 
 template <int D>
-__device__ __forceinline__ void attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache,
-                                          const bf16* __restrict__ v_cache, bf16* __restrict__ out,
-                                          const int* __restrict__ positions, const int* __restrict__ cu_seqlens_q,
-                                          const int* __restrict__ block_tables, const int* __restrict__ context_lens,
-                                          float* partials, int* arrived, int tokens, int table_width, int block_size, int num_slots,
-                                          int num_kv_heads, int group, int window, int max_rows, float scale) {
+__device__ __forceinline__ void attention(const bf16* qkv, const bf16* k_cache, const bf16* v_cache, bf16* out,
+                                          const int* positions, const int* cu_seqlens_q, const int* block_tables,
+                                          const int* context_lens, float* partials, int* arrived, int tokens, int table_width,
+                                          int block_size, int num_slots, int num_kv_heads, int group, int window, int max_rows,
+                                          float scale) {
   CU_SHARED(float, shared);  // a partial result of each warp, then what combine needs
   const int sequence = blockIdx.z, q_size = num_kv_heads * group * D, kv_size = num_kv_heads * D;
   if (sequence + 1 == (int)gridDim.z) {
@@ -325,15 +324,16 @@ __device__ __forceinline__ void attention(const bf16* __restrict__ qkv, const bf
 
 }  // namespace decode
 
-#define PAGED_DECODE(D)                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(32 * decode::WARPS, 2) paged_decode_##D(                                         \
-      const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache, const bf16* __restrict__ v_cache, bf16* __restrict__ out, \
-      const int* __restrict__ positions, const int* __restrict__ cu_seqlens_q, const int* __restrict__ block_tables,            \
-      const int* __restrict__ context_lens, float* partials, int* arrived, int tokens, int table_width, int block_size,         \
-      int num_slots, int num_kv_heads, int group, int window, int max_rows, float scale) {                                      \
-    decode::attention<D>(qkv, k_cache, v_cache, out, positions, cu_seqlens_q, block_tables, context_lens, partials, arrived,    \
-                         tokens, table_width, block_size, num_slots, num_kv_heads, group, window, max_rows, scale);             \
-  }                                                                                                                             \
+#define PAGED_DECODE(D)                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(32 * decode::WARPS, 2) paged_decode_##D(                                      \
+      const bf16* qkv, const bf16* k_cache, const bf16* v_cache, bf16* out, const int* positions, const int* cu_seqlens_q,   \
+      const int* block_tables, const int* context_lens, float* partials, int* arrived, int tokens, int table_width,          \
+      int block_size, int num_slots, int num_kv_heads, int group, int window, int max_rows, float scale) {                   \
+    ptx::launch_dependents();                                                                                                \
+    ptx::wait_for_earlier_kernels();                                                                                         \
+    decode::attention<D>(qkv, k_cache, v_cache, out, positions, cu_seqlens_q, block_tables, context_lens, partials, arrived, \
+                         tokens, table_width, block_size, num_slots, num_kv_heads, group, window, max_rows, scale);          \
+  }                                                                                                                          \
   CU_EXPORT(paged_decode_##D)
 
 PAGED_DECODE(64)

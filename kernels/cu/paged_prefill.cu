@@ -51,12 +51,10 @@ struct PagedKeys {
 };
 
 template <int D>
-__device__ __forceinline__ void attention(const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache,
-                                          const bf16* __restrict__ v_cache, bf16* __restrict__ out,
-                                          const int* __restrict__ positions, const int* __restrict__ cu_seqlens_q,
-                                          const int* __restrict__ block_tables, const int* __restrict__ context_lens,
-                                          const flash::Meeting& meeting, int tokens, int table_width, int block_size, int num_slots,
-                                          int group, int window, int min_rows, float scale) {
+__device__ __forceinline__ void attention(const bf16* qkv, const bf16* k_cache, const bf16* v_cache, bf16* out,
+                                          const int* positions, const int* cu_seqlens_q, const int* block_tables,
+                                          const int* context_lens, const flash::Meeting& meeting, int tokens, int table_width,
+                                          int block_size, int num_slots, int group, int window, int min_rows, float scale) {
   using H = flash::Head<D>;
   CU_SHARED(unsigned char, bytes);
   const int sequence = blockIdx.z, head = blockIdx.y;
@@ -97,10 +95,11 @@ __device__ __forceinline__ void attention(const bf16* __restrict__ qkv, const bf
 
 #define PAGED_PREFILL(D)                                                                                                        \
   extern "C" __global__ void __launch_bounds__(flash::THREADS, 2) paged_prefill_##D(                                            \
-      const bf16* __restrict__ qkv, const bf16* __restrict__ k_cache, const bf16* __restrict__ v_cache, bf16* __restrict__ out, \
-      const int* __restrict__ positions, const int* __restrict__ cu_seqlens_q, const int* __restrict__ block_tables,            \
-      const int* __restrict__ context_lens, float* partials, int* arrived, int splits, int tokens, int table_width,             \
+      const bf16* qkv, const bf16* k_cache, const bf16* v_cache, bf16* out, const int* positions, const int* cu_seqlens_q,      \
+      const int* block_tables, const int* context_lens, float* partials, int* arrived, int splits, int tokens, int table_width, \
       int block_size, int num_slots, int group, int window, int min_rows, float scale) {                                        \
+    ptx::launch_dependents();                                                                                                   \
+    ptx::wait_for_earlier_kernels();                                                                                            \
     prefill::attention<D>(qkv, k_cache, v_cache, out, positions, cu_seqlens_q, block_tables, context_lens,                      \
                           {partials, arrived, splits}, tokens, table_width, block_size, num_slots, group, window, min_rows,     \
                           scale);                                                                                               \

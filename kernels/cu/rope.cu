@@ -8,9 +8,10 @@
 // Blocks: (tokens, parts of a token), so that a single token does not wait for one block; a thread takes pairs. Moves 2 * (q_size +
 // 2 * kv_size) * 2 bytes a token.
 extern "C" __global__ void __launch_bounds__(256)
-    rope_and_store_kv(bf16* __restrict__ qkv, const int* __restrict__ positions, const int* __restrict__ slots,
-                      const float* __restrict__ inv_freq, bf16* __restrict__ k_cache, bf16* __restrict__ v_cache, int num_heads,
-                      int num_kv_heads, int head_dim, int num_slots) {
+    rope_and_store_kv(bf16* qkv, const int* positions, const int* slots, const float* inv_freq, bf16* k_cache, bf16* v_cache,
+                      int num_heads, int num_kv_heads, int head_dim, int num_slots) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   const int half = head_dim / 2;
   const size_t q_size = (size_t)num_heads * head_dim, kv_size = (size_t)num_kv_heads * head_dim;
   bf16* row = qkv + blockIdx.x * (q_size + 2 * kv_size);

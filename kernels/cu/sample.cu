@@ -86,9 +86,10 @@ __device__ __forceinline__ u32 select(u64 wanted, Shared& shared, Visit visit) {
 // keeps the most likely tokens that reach this share of what top-k left, and equals of the last of them (TopPLogitsWarper).
 // random[row] holds 64 uniform bits, the lower half first: the place in the distribution, by id, that is drawn.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    sample(const float* __restrict__ logits, const float* __restrict__ temperature, const int* __restrict__ top_k,
-           const float* __restrict__ top_p, const u32* __restrict__ random, const u32* __restrict__ banned, int* __restrict__ out,
-           int vocab) {
+    sample(const float* logits, const float* temperature, const int* top_k, const float* top_p, const u32* random,
+           const u32* banned, int* out, int vocab) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   CU_SHARED(Shared, all);
   Shared& shared = *all;
   const Row row{logits + (size_t)blockIdx.x * vocab, banned, vocab};

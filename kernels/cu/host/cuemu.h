@@ -3,8 +3,9 @@
 // The threads of a block are fibers of one OS thread; __syncthreads, shuffles, votes and the warp-wide instructions of
 // common.cuh are where they meet. Blocks may be spread over OS threads. What it finds: barriers and collectives that not all
 // reach, deadlocks, shared memory read before it was written (it is poisoned with NaN), copies that nobody waited for, addresses
-// that are not aligned, races that show in another order of threads (CUEMU_SEED shuffles it between barriers). What it cannot
-// find: weak memory order, bank conflicts, anything about time. x86-64 only; needs -fno-strict-aliasing.
+// that are not aligned, races that show in another order of threads (CUEMU_SEED shuffles it between barriers), and, since some
+// blocks start before the kernels ahead of them have run, what is read or written before griddepcontrol.wait. What it cannot find:
+// weak memory order, bank conflicts, anything about time. x86-64 only; needs -fno-strict-aliasing.
 #pragma once
 #include <atomic>
 #include <algorithm>
@@ -111,6 +112,7 @@ struct Fiber {
   unsigned tid, lane, warp;
   uint3 tidx;
   bool done;
+  bool waited;          // at griddepcontrol.wait
   const char* waiting;  // what it is blocked on, for deadlock reports
   std::vector<AsyncCopy> open;
   std::vector<std::vector<AsyncCopy>> groups;  // cp.async
@@ -138,11 +140,13 @@ struct Block {
   const void* main_stack = nullptr;
   size_t main_stack_n = 0;
   std::function<void()> body;
+  bool must_wait = false;      // every thread, at griddepcontrol.wait
+  bool early = false;          // earlier kernels have not run yet, so that whoever waits for them is held
+  std::vector<unsigned> held;  // there
   std::vector<char> dyn_buf;
   char* dyn = nullptr;
   size_t dyn_n = 0;
   unsigned rng = 1;
-  uint64_t switches = 0;
 };
 inline Block*& blk() {
   static thread_local Block* b = nullptr;
@@ -169,7 +173,6 @@ inline void push_ready(Block& b, unsigned i) {
 }
 inline void switch_to(Block& b, void** save, void** save_fake, unsigned next) {
   b.cur = next;
-  b.switches++;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(save_fake, b.f[next].stack, STACK);
 #endif
@@ -196,13 +199,34 @@ inline bool pop_ready(Block& b, unsigned& i) {
   }
   return true;
 }
+// Goes back to who runs the block: all its threads have ended, or those that have not wait for earlier kernels.
+inline void leave(Block& b, Fiber& me) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(me.done ? nullptr : &me.fake, b.main_stack, b.main_stack_n);
+#endif
+  cuemu_switch(&me.sp, b.main_sp);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(me.fake, nullptr, nullptr);
+#endif
+}
 __attribute__((noinline)) inline void block_on(const char* what) {  // suspend the current fiber
   Block& b = *blk();
   Fiber& me = self();
   unsigned mine = b.cur, next;
   me.waiting = what;
-  if (!pop_ready(b, next)) die("deadlock: every live thread waits (divergent barrier or shuffle?)");
-  if (next != mine) switch_to(b, &me.sp, &me.fake, next);
+  if (!pop_ready(b, next)) {
+    if (b.held.empty()) die("deadlock: every live thread waits (divergent barrier or shuffle?)");
+    leave(b, me);
+  } else if (next != mine) {
+    switch_to(b, &me.sp, &me.fake, next);
+  }
+}
+inline void wait_for_earlier_kernels() {
+  Block& b = *blk();
+  self().waited = true;
+  if (!b.early) return;
+  b.held.push_back(b.cur);
+  block_on("griddepcontrol.wait");
 }
 inline void barrier_check(Block& b, Barrier& r, unsigned need) {
   if (r.count && r.count == need) {
@@ -283,21 +307,35 @@ inline void fiber_main() {
   me.done = true;
   b.live--;
   if (!me.open.empty() || !me.groups.empty()) die("thread exited with cp.async still in flight");
+  if (b.must_wait && !me.waited) die("a thread of a kernel that may start early exited without griddepcontrol.wait");
   barrier_check(b, b.bar[0], b.live);
   unsigned next;
   if (pop_ready(b, next)) {
     switch_to(b, &me.sp, nullptr, next);
     __builtin_unreachable();
   }
-  if (b.live) die("deadlock: the last running thread exited while others wait");
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(nullptr, b.main_stack, b.main_stack_n);
-#endif
-  cuemu_switch(&me.sp, b.main_sp);
+  if (b.live && b.held.empty()) die("deadlock: the last running thread exited while others wait");
+  leave(b, me);
   __builtin_unreachable();
 }
-inline void run_block(Block& b, uint3 bidx, dim3 grid, dim3 block, size_t smem) {
+// A launch as its blocks know it.
+struct Grid {
+  dim3 grid, block;
+  size_t smem;
+  std::function<void()> body;
+  bool must_wait = false;  // see Block
+  uint64_t blocks() const { return (uint64_t)grid.x * grid.y * grid.z; }
+};
+// Makes a block ready to run.
+inline void prepare(Block& b, const Grid& launch, uint64_t index) {
+  const dim3 grid = launch.grid, block = launch.block;
+  const uint3 bidx{unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
+  const size_t smem = launch.smem;
   unsigned n = block.x * block.y * block.z;
+  b.body = launch.body;
+  b.must_wait = launch.must_wait;
+  b.early = false;
+  b.held.clear();
   b.n = b.live = n;
   b.bidx = bidx;
   b.bdim = block;
@@ -323,6 +361,7 @@ inline void run_block(Block& b, uint3 bidx, dim3 grid, dim3 block, size_t smem) 
     f.warp = i / 32;
     f.tidx = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
     f.done = false;
+    f.waited = false;
     f.waiting = nullptr;
     f.open.clear();
     f.groups.clear();
@@ -333,27 +372,63 @@ inline void run_block(Block& b, uint3 bidx, dim3 grid, dim3 block, size_t smem) 
     f.sp = sp;
     b.ready.push_back(i);
   }
+}
+// Runs a block until all its threads have ended or are held.
+inline void resume(Block& b) {
+  Block* outer = blk();
+  blk() = &b;
   unsigned first;
   pop_ready(b, first);
   switch_to(b, &b.main_sp, &b.main_fake, first);
+  blk() = outer;
 }
-template <class F>
-inline uint64_t launch(dim3 grid, dim3 block, size_t smem, F&& body) {
-  if (block.x * block.y * block.z > 1024) die("block has more than 1024 threads");
-  if (smem > 227 * 1024) die("dynamic shared memory above sm_90's 227 KiB");
-  uint64_t total = (uint64_t)grid.x * grid.y * grid.z;
-  std::atomic<uint64_t> next{0}, sw{0};
+// A block that started before the kernels ahead of its own had run. It ends on the OS thread on which it began.
+class Early {
+ public:
+  Early() = default;
+  // Runs block `index` until each of its threads has ended or waits for the kernels ahead.
+  Early(const Grid& launch, uint64_t index) : index_(index) {
+    if (spare().empty()) spare().push_back(std::make_unique<Block>());
+    block_ = std::move(spare().back());
+    spare().pop_back();
+    prepare(*block_, launch, index);
+    block_->early = true;
+    resume(*block_);
+  }
+  explicit operator bool() const { return block_ != nullptr; }
+  uint64_t index() const { return index_; }
+  // The kernels ahead have run: ends the block.
+  void finish() {
+    block_->early = false;
+    for (unsigned i : block_->held) push_ready(*block_, i);
+    block_->held.clear();
+    if (block_->live) resume(*block_);
+    spare().push_back(std::move(block_));
+  }
+
+ private:
+  // Blocks keep the stacks of their fibers.
+  static std::vector<std::unique_ptr<Block>>& spare() {
+    static thread_local std::vector<std::unique_ptr<Block>> blocks;
+    return blocks;
+  }
+  std::unique_ptr<Block> block_;
+  uint64_t index_ = 0;
+};
+// Runs all blocks; that of `early` goes on from where it is.
+inline void launch(const Grid& grid, Early* early = nullptr) {
+  if (grid.block.x * grid.block.y * grid.block.z > 1024) die("block has more than 1024 threads");
+  if (grid.smem > 227 * 1024) die("dynamic shared memory above sm_90's 227 KiB");
+  const uint64_t total = grid.blocks(), done = early && *early ? early->index() : total;
+  if (done < total) early->finish();
+  std::atomic<uint64_t> next{0};
   auto worker = [&] {
-    static thread_local Block storage;
-    Block& b = storage;
-    Block* old = blk();
-    blk() = &b;
-    b.body = body;
-    b.switches = 0;
-    for (uint64_t i; (i = next.fetch_add(1)) < total;)
-      run_block(b, {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, grid, block, smem);
-    sw += b.switches;
-    blk() = old;
+    static thread_local Block b;
+    for (uint64_t i; (i = next.fetch_add(1)) < total;) {
+      if (i == done) continue;
+      prepare(b, grid, i);
+      resume(b);
+    }
   };
   unsigned nt = std::min<uint64_t>(options().os_threads, total);
   if (nt <= 1)
@@ -363,7 +438,6 @@ inline uint64_t launch(dim3 grid, dim3 block, size_t smem, F&& body) {
     for (unsigned i = 0; i < nt; i++) t.emplace_back(worker);
     for (auto& x : t) x.join();
   }
-  return sw;
 }
 // cuLaunchKernel-shaped entry: args[i] points at the i-th parameter.
 template <class... P, size_t... I>
@@ -396,13 +470,6 @@ struct Register {
 #define CUEMU_CAT(a, b) CUEMU_CAT2(a, b)
 #define CU_EXPORT(kernel) static ::cuemu::Register CUEMU_CAT(cuemu_reg_, __COUNTER__)(#kernel, &kernel);
 }  // namespace cuemu
-extern "C" __attribute__((weak)) int cuemu_launch(const char* name, const unsigned grid[3], const unsigned block[3], unsigned smem,
-                                                  void** args) {
-  auto it = cuemu::registry().find(name);
-  if (it == cuemu::registry().end()) return 1;
-  cuemu::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, smem, [&] { it->second.call(args); });
-  return 0;
-}
 #define threadIdx (::cuemu::self().tidx)
 #define blockIdx (::cuemu::blk()->bidx)
 #define blockDim (::cuemu::blk()->bdim)

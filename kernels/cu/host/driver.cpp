@@ -2,10 +2,11 @@
 // much of the driver API as this project calls, under the names of CUDA 13.
 //
 // It is as late as a card may be: work is done when somebody waits for it and not before, so that host memory which is written or
-// freed too early shows. Fresh memory is poisoned, freed memory is given back at once. What a card forbids is an error here: calls
-// that a capture does not allow, calls without a context, blocks with more shared memory than their kernel was given. What it may
-// do anything about ends the process: copies that leave their allocation, code that is unloaded under its graphs, a context that is
-// released while something made in it lives.
+// freed too early shows. And it is as early: of a kernel that is launched with programmatic stream serialization a block runs up to
+// griddepcontrol.wait before the kernels ahead of it do, so that what touches memory too early shows. Fresh memory is poisoned,
+// freed memory is given back at once. What a card forbids is an error here: calls that a capture does not allow, calls without a
+// context, blocks with more shared memory than their kernel was given. What it may do anything about ends the process: copies that
+// leave their allocation, code that is unloaded under its graphs, a context that is released while something made in it lives.
 #include <chrono>
 #include <deque>
 #include <mutex>
@@ -19,11 +20,29 @@ using Pointer = unsigned long long;
 constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
                  ILLEGAL_STATE = 401, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, WRONG_THREAD = 908;
 
-using Work = std::function<void()>;
+// A kernel and its arguments.
+struct Launch {
+  cuemu::Grid grid;
+  std::vector<std::vector<char>> parameters;
+  std::vector<void*> pointers;  // to them
+  std::shared_ptr<int> used;    // its module's
+};
+
+struct Work {
+  std::function<void()> run;  // or
+  std::shared_ptr<const Launch> launch;
+  bool is_kernel;            // of ours or of cuBLASLt
+  bool may_overlap = false;  // the kernels ahead
+};
+
+struct Queued {
+  Work work;
+  cuemu::Early early;
+};
 
 struct Stream {
   std::recursive_mutex lock;
-  std::deque<Work> waiting;
+  std::deque<Queued> waiting;
   uint64_t queued = 0, done = 0;
   bool capturing = false, invalidated = false;
   std::thread::id capturer;
@@ -54,19 +73,42 @@ Result enqueue(void* stream, Work work) {
   Stream& s = stream_of(stream);
   std::lock_guard<std::recursive_mutex> guard(s.lock);
   if (s.capturing) {
+    // What comes first in a graph waits for all that is ahead of the graph.
+    if (s.captured.empty()) work.may_overlap = false;
     s.captured.push_back(std::move(work));
   } else {
-    s.waiting.push_back(std::move(work));
+    s.waiting.push_back({std::move(work), {}});
     s.queued++;
   }
   return SUCCESS;
+}
+Result enqueue(void* stream, std::function<void()> copy) { return enqueue(stream, Work{std::move(copy), nullptr, false}); }
+
+// How many kernels may have blocks on the card before those ahead of them are done. More than one, since a kernel may start when
+// all blocks of the one ahead have started: that one's own wait may still last.
+constexpr size_t MOST_EARLY = 4;
+
+// Starts a block of each kernel behind the first in the queue that may overlap it; those behind a copy may not. At most `count` of
+// the queue are looked at. A card starts them once the kernels ahead have called griddepcontrol.launch_dependents or ended; here it
+// is at once, which no kernel may rely upon not to happen.
+void start_early(Stream& s, size_t count) {
+  for (size_t i = 1; i < std::min(count, MOST_EARLY + 1) && s.waiting[i - 1].work.is_kernel && s.waiting[i].work.may_overlap; i++) {
+    auto& [work, early] = s.waiting[i];
+    const uint64_t place = s.done + i + cuemu::options().seed;
+    if (!early) early = cuemu::Early(work.launch->grid, place * 0x9e3779b97f4a7c15ull % work.launch->grid.blocks());
+  }
 }
 
 // Does what was queued up to a place.
 void run(Stream& s, uint64_t place) {
   std::lock_guard<std::recursive_mutex> guard(s.lock);
   for (; s.done < place; s.done++) {
-    s.waiting.front()();
+    start_early(s, place - s.done);
+    auto& [work, early] = s.waiting.front();
+    if (work.launch)
+      cuemu::launch(work.launch->grid, &early);
+    else
+      work.run();
     s.waiting.pop_front();
   }
 }
@@ -295,20 +337,43 @@ API cuFuncSetAttribute(void* function, int attribute, int value) {
   return ((Function*)function)->shared_limit = value, SUCCESS;
 }
 API cuFuncGetAttribute(int* value, int, void*) { return *value = 0, SUCCESS; }
-API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   void* stream, void** parameters, void**) {
-  auto* kernel = ((Function*)function)->kernel;
-  if (shared > (unsigned)((Function*)function)->shared_limit) return INVALID_VALUE;
+
+// CUlaunchAttribute and CUlaunchConfig.
+struct LaunchAttribute {
+  int id, padding;
+  union {
+    char bytes[64];
+    int programmatic_stream_serialization;
+  };
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned count;
+};
+constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
+API cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void**) {
+  const auto& [kernel, module, shared_limit] = *(Function*)function;
+  const auto [gx, gy, gz] = config->grid;
+  const auto [bx, by, bz] = config->block;
+  if (config->shared > (unsigned)shared_limit) return INVALID_VALUE;
   if (!gx || !gy || !gz || gx > INT32_MAX || gy > 65535 || gz > 65535 || !bx || !by || !bz || bx * by * bz > 1024)
     return INVALID_VALUE;
-  std::vector<std::vector<char>> values;
+  bool is_programmatic = false;
+  for (unsigned i = 0; i < config->count; i++) {
+    if (config->attributes[i].id != PROGRAMMATIC_STREAM_SERIALIZATION) return INVALID_VALUE;
+    is_programmatic = config->attributes[i].programmatic_stream_serialization != 0;
+  }
+  auto launch = std::make_shared<Launch>();
+  launch->used = module->used;
   for (size_t i = 0; i < kernel->sizes.size(); i++)
-    values.emplace_back((char*)parameters[i], (char*)parameters[i] + kernel->sizes[i]);
-  return enqueue(stream, [=, used = ((Function*)function)->module->used]() mutable {
-    std::vector<void*> pointers;
-    for (auto& value : values) pointers.push_back(value.data());
-    cuemu::launch({gx, gy, gz}, {bx, by, bz}, shared, [&] { kernel->call(pointers.data()); });
-  });
+    launch->parameters.emplace_back((char*)parameters[i], (char*)parameters[i] + kernel->sizes[i]);
+  for (auto& parameter : launch->parameters) launch->pointers.push_back(parameter.data());
+  auto body = [kernel = kernel, pointers = launch->pointers.data()] { kernel->call(pointers); };
+  launch->grid = {{gx, gy, gz}, {bx, by, bz}, config->shared, body, is_programmatic};
+  return enqueue(config->stream, Work{nullptr, launch, true, is_programmatic});
 }
 
 API cuStreamBeginCapture_v2(void* stream, int) {
@@ -381,5 +446,5 @@ extern "C" __attribute__((visibility("default"))) int cuemu_captures() {
 
 // cuBLASLt's stand-in queues its products on these streams too.
 extern "C" __attribute__((visibility("default"))) void cuemu_enqueue(void* stream, std::function<void()>* work) {
-  enqueue(stream, std::move(*work));
+  enqueue(stream, Work{std::move(*work), nullptr, true});
 }

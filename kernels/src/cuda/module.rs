@@ -10,9 +10,13 @@ use cudarc::driver::{result, sys};
 use std::{
     collections::HashMap,
     ffi::{CString, c_void},
+    ptr,
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
+
+/// From this compute capability on a kernel may start while those ahead of it run: `griddepcontrol` of `cu/common.cuh`.
+const OVERLAPPING: (i32, i32) = (9, 0);
 
 /// Most parameters of a kernel.
 const MAX_PARAMETERS: usize = 24;
@@ -142,7 +146,9 @@ impl Launch<'_> {
         self
     }
 
-    /// Queues it.
+    /// Queues it. Its blocks may start before the kernels ahead have ended (programmatic dependent launch, where the card has it), and
+    /// wait for them by themselves; a capture makes a programmatic edge of this. Copies, and kernels of libraries, are waited for as
+    /// ever: they neither let this one start early nor look whether they may.
     ///
     /// # Safety
     /// Number, order and types of the parameters are those of the kernel, and every pointer is to as much memory as the kernel
@@ -159,18 +165,27 @@ impl Launch<'_> {
         // A slot holds an `int` or `float` in its lower bytes, which come first on every host that CUDA has.
         let slots = self.parameters.as_mut_ptr();
         let mut pointers: [*mut c_void; MAX_PARAMETERS] = std::array::from_fn(|i| slots.wrapping_add(i).cast());
-        let [x, y, z] = self.grid.map(|n| n as u32);
-        // SAFETY: the caller's promise; the function belongs to a module that lives as long as `self`.
-        let launched = unsafe {
-            result::launch_kernel(
-                self.function,
-                (x, y, z),
-                (self.threads as u32, 1, 1),
-                self.shared_bytes as u32,
-                self.stream.handle(),
-                &mut pointers[..self.len],
-            )
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        check(format_args!("{} cannot be launched", self.name), launched)
+        let [x, y, z] = self.grid.map(|n| n as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: self.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes as u32,
+            hStream: self.stream.handle(),
+            attrs: &mut overlap,
+            numAttrs: u32::from(self.stream.device().compute_capability >= OVERLAPPING),
+        };
+        // SAFETY: the caller's promise; the function belongs to a module that lives as long as `self`; every kernel waits for what is
+        // ahead of it before it touches what others write.
+        let launched = unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), ptr::null_mut()) };
+        check(format_args!("{} cannot be launched", self.name), launched.result())
     }
 }

@@ -9,6 +9,7 @@ mod common;
 mod elementwise;
 mod linear;
 mod norm;
+mod overlap;
 mod rope;
 mod rows;
 mod sample;
