@@ -165,6 +165,9 @@ static inline uint4 load_stream(const uint4* p) {
   if ((uintptr_t)p % 16) cuemu::die("16-byte load is not aligned");
   return *p;
 }
+static inline bf16x2 mul_bf16x2(bf16x2 a, bf16x2 b) {
+  return pack(host::widen(a & 0xffff) * host::widen(b & 0xffff), host::widen(a >> 16) * host::widen(b >> 16));
+}
 static inline float exp2(float x) { return exp2f(x); }
 static inline unsigned thread() { return threadIdx.x; }
 // The driver's stand-in starts blocks of the kernels behind this one whether or not they are asked to start.
@@ -241,6 +244,12 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
+}
+// The products of the halves, each rounded to nearest once: the product of two bf16 is exact before that, and -0 adds nothing.
+__device__ __forceinline__ bf16x2 mul_bf16x2(bf16x2 a, bf16x2 b) {
+  bf16x2 y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+  return y;
 }
 __device__ __forceinline__ float exp2(float x) {
   float y;

@@ -1,6 +1,6 @@
 //! The [`Backend`] trait: the ops from which every model is made, and the contract that they keep.
 
-use crate::{Columns, DType, Element, Error, Matrix, Result, Tensor, weights::WeightView};
+use crate::{Columns, DType, Element, Error, Matrix, Result, Tensor, composed, weights::WeightView};
 
 /// What [`Backend::linear`] does with a product before it stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -11,6 +11,22 @@ pub enum Epilogue {
     Accumulate,
     /// `out = gelu_tanh(x W^T + bias)`; Hendrycks and Gimpel 2016, the tanh form that SigLIP uses.
     GeluTanh,
+}
+
+/// The norm in front of a product: [`Backend::rms_norm`] with these.
+pub struct RmsNorm<'a, B: Backend> {
+    /// `[1, x.cols]`
+    pub weight: &'a Matrix<B>,
+    /// What is added to the mean of the squares.
+    pub eps: f32,
+}
+
+/// Memory that [`Backend::rms_norm_swiglu`] may use; what it leaves there is not specified.
+pub struct SwigluScratch<'a, B: Backend> {
+    /// As `x`.
+    pub normed: &'a mut Tensor<B>,
+    /// `[n, gate_up_proj.rows]`, in the activation type.
+    pub gate_up: &'a mut Tensor<B>,
 }
 
 /// Heads of an attention.
@@ -269,6 +285,41 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
         let _ = (logits, token_ids, top_ids, out);
         Err(Error::shape("logprobs", "expected a backend that samples; take the logits to the host"))
+    }
+
+    /// `rms_norm(x) W^T`: [`rms_norm`](Self::rms_norm), then [`linear`](Self::linear), by default. A backend that does both at once need
+    /// not store what is normalised: it may round `x * norm.weight` to the activation type instead, and divide the product by the root.
+    /// `normed`, as `x`, is scratch. `out` `[n, weight.rows]`, in the activation type or f32.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or the device fails.
+    fn rms_norm_linear(
+        &self,
+        x: &Tensor<Self>,
+        norm: RmsNorm<'_, Self>,
+        weight: &Matrix<Self>,
+        normed: &mut Tensor<Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        composed::rms_norm_linear(self, x, norm, weight, normed, out)
+    }
+
+    /// `silu(h G^T) * (h U^T)` of `h = rms_norm(x)`, with `gate_up_proj` `[G; U]` stacked and `out` `[n, gate_up_proj.rows / 2]`: the
+    /// first half of a gated MLP (Shazeer 2020). By default [`rms_norm`](Self::rms_norm), [`linear`](Self::linear) and
+    /// [`silu_and_mul`](Self::silu_and_mul), of which each rounds what it stores to the activation type. A backend that does them at once
+    /// rounds as in [`rms_norm_linear`](Self::rms_norm_linear), and does not round gate and up.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or the device fails.
+    fn rms_norm_swiglu(
+        &self,
+        x: &Tensor<Self>,
+        norm: RmsNorm<'_, Self>,
+        gate_up_proj: &Matrix<Self>,
+        scratch: SwigluScratch<'_, Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        composed::rms_norm_swiglu(self, x, norm, gate_up_proj, scratch, out)
     }
 
     /// `silu(x[:, ..n]) * x[:, n..]`, with `x` `[tokens, 2 n]` and `out` `[tokens, n]`; Shazeer 2020 (SwiGLU).

@@ -3,7 +3,10 @@
 //! They read shapes and types only. What is in index tensors lies on the device: a backend that can read it there without
 //! cost checks it too, and each must stay within its tensors whatever it is.
 
-use crate::{AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention};
+use crate::{
+    AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch, Tensor,
+    VarlenAttention,
+};
 
 /// Collects what an op expects; the first thing that does not hold is its error.
 struct Check(&'static str);
@@ -133,6 +136,53 @@ pub fn linear<B: Backend>(backend: &B, x: &Tensor<B>, weight: &Matrix<B>, bias: 
 /// [`Backend::rms_norm`]
 pub fn rms_norm<B: Backend>(backend: &B, x: &Tensor<B>, weight: &Matrix<B>, out: &Tensor<B>) -> Result<()> {
     norm(&Check("rms_norm"), backend, x, weight, out)
+}
+
+/// [`Backend::rms_norm_linear`]
+pub fn rms_norm_linear<B: Backend>(
+    backend: &B,
+    x: &Tensor<B>,
+    norm: &RmsNorm<'_, B>,
+    weight: &Matrix<B>,
+    normed: &Tensor<B>,
+    out: &Tensor<B>,
+) -> Result<()> {
+    let check = Check("rms_norm_linear");
+    normed_input(&check, backend, x, norm, weight, normed)?;
+    check.tensor("out", out, x.rows(), weight.rows, &[backend.activation_dtype(), DType::F32])
+}
+
+/// [`Backend::rms_norm_swiglu`]
+pub fn rms_norm_swiglu<B: Backend>(
+    backend: &B,
+    x: &Tensor<B>,
+    norm: &RmsNorm<'_, B>,
+    gate_up_proj: &Matrix<B>,
+    scratch: &SwigluScratch<'_, B>,
+    out: &Tensor<B>,
+) -> Result<()> {
+    let check = Check("rms_norm_swiglu");
+    normed_input(&check, backend, x, norm, gate_up_proj, scratch.normed)?;
+    check.holds(gate_up_proj.rows.is_multiple_of(2), || {
+        format!("expected as many rows of gate as of up, found {} in all", gate_up_proj.rows)
+    })?;
+    check.tensor("gate_up", scratch.gate_up, x.rows(), gate_up_proj.rows, &[backend.activation_dtype()])?;
+    check.tensor("out", out, x.rows(), gate_up_proj.rows / 2, &[backend.activation_dtype()])
+}
+
+/// What a product with a norm in front of it reads, and where the norm may be stored.
+fn normed_input<B: Backend>(
+    check: &Check,
+    backend: &B,
+    x: &Tensor<B>,
+    norm: &RmsNorm<'_, B>,
+    weight: &Matrix<B>,
+    normed: &Tensor<B>,
+) -> Result<()> {
+    check.dtype("weight", weight.dtype, &WEIGHT)?;
+    check.tensor("x", x, x.rows(), weight.cols, &[backend.activation_dtype()])?;
+    check.vector("norm.weight", norm.weight, x.cols())?;
+    check.tensor("normed", normed, x.rows(), x.cols(), &[backend.activation_dtype()])
 }
 
 /// [`Backend::layer_norm`]

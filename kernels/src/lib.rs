@@ -5,6 +5,7 @@
 
 mod backend;
 pub mod check;
+mod composed;
 pub mod cpu;
 pub mod cuda;
 mod error;
@@ -12,7 +13,7 @@ mod loader;
 mod tensor;
 pub mod weights;
 
-pub use backend::{AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, VarlenAttention};
+pub use backend::{AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, SwigluScratch, VarlenAttention};
 pub use error::{Error, Result};
 pub use loader::WeightLoader;
 pub use tensor::{Columns, DType, Element, Matrix, Tensor};

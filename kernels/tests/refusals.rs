@@ -4,7 +4,8 @@ mod common;
 
 use common::*;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention,
+    AttentionShape, Backend, DType, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch, Tensor,
+    VarlenAttention,
     cpu::{Cpu, CpuOptions, Isa},
 };
 
@@ -46,6 +47,30 @@ fn linear_refuses_what_does_not_fit() {
     refused(cpu.linear(&x, &pretended, None, store, &mut zeros(&cpu, 2, 1000)), "found [3, 4]");
     let vectors = weights(&mut Rng(1), DType::F32, &[&[2], &[2]]).load(&cpu);
     refused(cpu.linear(&x, &vectors, None, store, &mut zeros(&cpu, 2, 1)), "stacked vectors");
+}
+
+#[test]
+fn fused_products_refuse_what_does_not_fit() {
+    let cpu = cpu();
+    let (w, odd, norm, short) = (matrix(&cpu, &[6, 4]), matrix(&cpu, &[3, 4]), matrix(&cpu, &[4]), matrix(&cpu, &[3]));
+    let linear = |x: usize, norm, normed: usize, out: usize| {
+        let (mut normed, mut out) = (zeros(&cpu, 2, normed), zeros(&cpu, 2, out));
+        cpu.rms_norm_linear(&zeros(&cpu, 2, x), RmsNorm { weight: norm, eps: 1e-5 }, &w, &mut normed, &mut out)
+    };
+    linear(4, &norm, 4, 6).unwrap();
+    refused(linear(5, &norm, 4, 6), "rms_norm_linear: expected x [2, 4], found [2, 5]");
+    refused(linear(4, &short, 4, 6), "expected norm.weight [1, 4], found [1, 3]");
+    refused(linear(4, &norm, 3, 6), "expected normed [2, 4], found [2, 3]");
+    refused(linear(4, &norm, 4, 5), "expected out [2, 6], found [2, 5]");
+    let swiglu = |weight, gate_up: usize, out: usize| {
+        let (mut normed, mut gate_up, mut out) = (zeros(&cpu, 2, 4), zeros(&cpu, 2, gate_up), zeros(&cpu, 2, out));
+        let scratch = SwigluScratch { normed: &mut normed, gate_up: &mut gate_up };
+        cpu.rms_norm_swiglu(&zeros(&cpu, 2, 4), RmsNorm { weight: &norm, eps: 1e-5 }, weight, scratch, &mut out)
+    };
+    swiglu(&w, 6, 3).unwrap();
+    refused(swiglu(&odd, 6, 3), "expected as many rows of gate as of up, found 3 in all");
+    refused(swiglu(&w, 5, 3), "rms_norm_swiglu: expected gate_up [2, 6], found [2, 5]");
+    refused(swiglu(&w, 6, 6), "expected out [2, 3], found [2, 6]");
 }
 
 #[test]

@@ -23,8 +23,8 @@ mod weight;
 pub use driver::DeviceBuffer;
 
 use crate::{
-    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention,
-    check, weights::WeightView,
+    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch,
+    Tensor, VarlenAttention, check, weights::WeightView,
 };
 use driver::{Device, DevicePtr, Stream};
 use graph::Graphs;
@@ -204,6 +204,28 @@ impl Backend for Cuda {
         out: &mut Tensor<Self>,
     ) -> Result<()> {
         self.linear.run(self, x, weight, bias, epilogue, out)
+    }
+
+    fn rms_norm_linear(
+        &self,
+        x: &Tensor<Self>,
+        norm: RmsNorm<'_, Self>,
+        weight: &Matrix<Self>,
+        normed: &mut Tensor<Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        linear::rms_norm_linear(self, x, norm, weight, normed, out)
+    }
+
+    fn rms_norm_swiglu(
+        &self,
+        x: &Tensor<Self>,
+        norm: RmsNorm<'_, Self>,
+        gate_up_proj: &Matrix<Self>,
+        scratch: SwigluScratch<'_, Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        linear::rms_norm_swiglu(self, x, norm, gate_up_proj, scratch, out)
     }
 
     fn rms_norm(&self, x: &Tensor<Self>, weight: &Matrix<Self>, eps: f32, out: &mut Tensor<Self>) -> Result<()> {

@@ -7,6 +7,7 @@ mod attention;
 #[path = "../common/mod.rs"]
 mod common;
 mod elementwise;
+mod fused;
 mod linear;
 mod norm;
 mod overlap;

@@ -7,7 +7,8 @@ use crate::{
 };
 use half::bf16;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, Tensor, VarlenAttention, cuda::Cuda,
+    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, SwigluScratch, Tensor,
+    VarlenAttention, cuda::Cuda,
 };
 
 /// A tensor that is filled by a kernel, with one of two contents.
@@ -92,6 +93,26 @@ fn products_wait_for_the_kernels_ahead() {
             let [x, sum] = inputs else { unreachable!("two inputs") };
             cuda.linear(&x.live, &weight, None, Epilogue::Accumulate, &mut sum.live).unwrap();
             cuda.gather_rows(&sum.live, &sum.rows, out).unwrap();
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn fused_products_wait_for_the_kernels_ahead() {
+    let cuda = &open();
+    for (n, k) in [(1, 136), (12, 1096), (5, 75), (20, 136)] {
+        let rng = &mut Rng(3);
+        let (norm, weight) = (weights(rng, DType::Bf16, &[&[k]]).load(cuda), weights(rng, DType::Bf16, &[&[34, k]]).load(cuda));
+        let (mut normed, mut gate_up) = (poisoned(cuda, n, k, DType::Bf16), poisoned(cuda, n, 34, DType::Bf16));
+        let x = &mut [Input::units(cuda, n, k)];
+        let name = format!("{n} rows of {k}");
+        check(cuda, &name, x, &mut poisoned(cuda, n, 34, DType::F32), &mut |x, out| {
+            cuda.rms_norm_linear(&x[0].live, RmsNorm { weight: &norm, eps: 1e-5 }, &weight, &mut normed, out).unwrap();
+        });
+        check(cuda, &name, x, &mut poisoned(cuda, n, 17, DType::Bf16), &mut |x, out| {
+            let scratch = SwigluScratch { normed: &mut normed, gate_up: &mut gate_up };
+            cuda.rms_norm_swiglu(&x[0].live, RmsNorm { weight: &norm, eps: 1e-5 }, &weight, scratch, out).unwrap();
         });
     }
 }

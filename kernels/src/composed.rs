@@ -1,0 +1,32 @@
+//! Ops that are made of others, for backends and sizes with nothing better.
+
+use crate::{Backend, Epilogue, Matrix, Result, RmsNorm, SwigluScratch, Tensor, check};
+
+/// [`Backend::rms_norm_linear`]
+pub(crate) fn rms_norm_linear<B: Backend>(
+    backend: &B,
+    x: &Tensor<B>,
+    norm: RmsNorm<'_, B>,
+    weight: &Matrix<B>,
+    normed: &mut Tensor<B>,
+    out: &mut Tensor<B>,
+) -> Result<()> {
+    check::rms_norm_linear(backend, x, &norm, weight, normed, out)?;
+    backend.rms_norm(x, norm.weight, norm.eps, normed)?;
+    backend.linear(normed, weight, None, Epilogue::Store, out)
+}
+
+/// [`Backend::rms_norm_swiglu`]
+pub(crate) fn rms_norm_swiglu<B: Backend>(
+    backend: &B,
+    x: &Tensor<B>,
+    norm: RmsNorm<'_, B>,
+    gate_up_proj: &Matrix<B>,
+    scratch: SwigluScratch<'_, B>,
+    out: &mut Tensor<B>,
+) -> Result<()> {
+    check::rms_norm_swiglu(backend, x, &norm, gate_up_proj, &scratch, out)?;
+    backend.rms_norm(x, norm.weight, norm.eps, scratch.normed)?;
+    backend.linear(scratch.normed, gate_up_proj, None, Epilogue::Store, scratch.gate_up)?;
+    backend.silu_and_mul(scratch.gate_up, out)
+}
