@@ -4,7 +4,9 @@
 //! names follow the checkpoint's keys.
 
 use idefics_common::checkpoint::TextConfig;
-use idefics_kernels::{AttentionShape, Backend, DType, Epilogue, KvCache, Matrix, PagedAttention, Result, Tensor, WeightLoader};
+use idefics_kernels::{
+    AttentionShape, Backend, DType, Epilogue, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch, Tensor, WeightLoader,
+};
 
 struct Attention<B: Backend> {
     qkv_proj: Matrix<B>, // q, k and v stacked: [q_size + 2 * kv_size, hidden]
@@ -20,16 +22,17 @@ impl<B: Backend> Attention<B> {
         })
     }
 
-    /// `hidden += o(attention(q, k, v))`
+    /// `hidden += o(attention(q, k, v))` of the normalised `hidden`
     fn forward(
         &self,
         backend: &B,
+        norm: RmsNorm<'_, B>,
         ws: &mut Workspace<B>,
         kv: &mut KvCache<B>,
         step: &StepInputs<B>,
         paged: &PagedAttention<'_, B>,
     ) -> Result<()> {
-        backend.linear(&ws.normed, &self.qkv_proj, None, Epilogue::Store, &mut ws.qkv)?;
+        backend.rms_norm_linear(&ws.hidden, norm, &self.qkv_proj, &mut ws.normed, &mut ws.qkv)?;
         backend.rope_and_store_kv(&mut ws.qkv, &step.positions, &step.slots, &ws.inv_freq, paged.shape, kv)?;
         backend.paged_attention(&ws.qkv, kv, paged, &mut ws.attention)?;
         backend.linear(&ws.attention, &self.o_proj, None, Epilogue::Accumulate, &mut ws.hidden)
@@ -49,10 +52,10 @@ impl<B: Backend> Mlp<B> {
         })
     }
 
-    /// `hidden += down(silu(gate(x)) * up(x))`
-    fn forward(&self, backend: &B, ws: &mut Workspace<B>) -> Result<()> {
-        backend.linear(&ws.normed, &self.gate_up_proj, None, Epilogue::Store, &mut ws.gate_up)?;
-        backend.silu_and_mul(&ws.gate_up, &mut ws.activated)?;
+    /// `hidden += down(silu(gate(x)) * up(x))` of the normalised `hidden`
+    fn forward(&self, backend: &B, norm: RmsNorm<'_, B>, ws: &mut Workspace<B>) -> Result<()> {
+        let scratch = SwigluScratch { normed: &mut ws.normed, gate_up: &mut ws.gate_up };
+        backend.rms_norm_swiglu(&ws.hidden, norm, &self.gate_up_proj, scratch, &mut ws.activated)?;
         backend.linear(&ws.activated, &self.down_proj, None, Epilogue::Accumulate, &mut ws.hidden)
     }
 }
@@ -84,10 +87,8 @@ impl<B: Backend> DecoderLayer<B> {
         paged: &PagedAttention<'_, B>,
         eps: f32,
     ) -> Result<()> {
-        backend.rms_norm(&ws.hidden, &self.input_layernorm, eps, &mut ws.normed)?;
-        self.self_attn.forward(backend, ws, kv, step, paged)?;
-        backend.rms_norm(&ws.hidden, &self.post_attention_layernorm, eps, &mut ws.normed)?;
-        self.mlp.forward(backend, ws)
+        self.self_attn.forward(backend, RmsNorm { weight: &self.input_layernorm, eps }, ws, kv, step, paged)?;
+        self.mlp.forward(backend, RmsNorm { weight: &self.post_attention_layernorm, eps }, ws)
     }
 }
 
@@ -266,9 +267,9 @@ impl<B: Backend> Mistral<B> {
     /// If there are more rows, or the device fails.
     pub fn head(&self, backend: &B, rows: &Tensor<B>, ws: &mut Workspace<B>) -> Result<()> {
         backend.gather_rows(&ws.hidden, rows, &mut ws.outputs)?;
-        backend.rms_norm(&ws.outputs, &self.norm, self.eps, &mut ws.normed_outputs)?;
+        let norm = RmsNorm { weight: &self.norm, eps: self.eps };
         let lm_head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        backend.linear(&ws.normed_outputs, lm_head, None, Epilogue::Store, &mut ws.logits)
+        backend.rms_norm_linear(&ws.outputs, norm, lm_head, &mut ws.normed_outputs, &mut ws.logits)
     }
 }
 

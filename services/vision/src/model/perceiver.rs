@@ -5,7 +5,7 @@
 
 use super::{Packing, PassLimits};
 use idefics_common::checkpoint::PerceiverConfig;
-use idefics_kernels::{AttentionShape, Backend, Epilogue, Matrix, Result, Tensor, VarlenAttention, WeightLoader};
+use idefics_kernels::{AttentionShape, Backend, Epilogue, Matrix, Result, RmsNorm, SwigluScratch, Tensor, VarlenAttention, WeightLoader};
 
 /// Width of the MLP in multiples of the hidden size (`Idefics2PerceiverLayer`).
 const MLP_RATIO: usize = 4;
@@ -46,8 +46,8 @@ impl<B: Backend> PerceiverLayer<B> {
         packing: &Packing<'_, B>,
     ) -> Result<()> {
         // Keys and values come from the patches and the latents, each with its own norm.
-        backend.rms_norm(context, &self.input_context_norm, eps, &mut ws.normed_context)?;
-        backend.linear(&ws.normed_context, &self.kv_proj, None, Epilogue::Store, &mut ws.context_kv)?;
+        let context_norm = RmsNorm { weight: &self.input_context_norm, eps };
+        backend.rms_norm_linear(context, context_norm, &self.kv_proj, &mut ws.normed_context, &mut ws.context_kv)?;
         backend.scatter_rows(&ws.context_kv, packing.context_rows, &mut ws.kv)?;
         backend.rms_norm(&ws.latents, &self.input_latents_norm, eps, &mut ws.normed)?;
         backend.linear(&ws.normed, &self.kv_proj, None, Epilogue::Store, &mut ws.latent_kv)?;
@@ -67,9 +67,9 @@ impl<B: Backend> PerceiverLayer<B> {
         backend.attention_varlen(&attention, &mut ws.attention)?;
         backend.linear(&ws.attention, &self.o_proj, None, Epilogue::Accumulate, &mut ws.latents)?;
 
-        backend.rms_norm(&ws.latents, &self.post_attention_layernorm, eps, &mut ws.normed)?;
-        backend.linear(&ws.normed, &self.gate_up_proj, None, Epilogue::Store, &mut ws.gate_up)?;
-        backend.silu_and_mul(&ws.gate_up, &mut ws.activated)?;
+        let norm = RmsNorm { weight: &self.post_attention_layernorm, eps };
+        let scratch = SwigluScratch { normed: &mut ws.normed, gate_up: &mut ws.gate_up };
+        backend.rms_norm_swiglu(&ws.latents, norm, &self.gate_up_proj, scratch, &mut ws.activated)?;
         backend.linear(&ws.activated, &self.down_proj, None, Epilogue::Accumulate, &mut ws.latents)
     }
 }
