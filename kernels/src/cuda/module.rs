@@ -146,9 +146,8 @@ impl Launch<'_> {
         self
     }
 
-    /// Queues it. Its blocks may start before the kernels ahead have ended (programmatic dependent launch, where the card has it), and
-    /// wait for them by themselves; a capture makes a programmatic edge of this. Copies, and kernels of libraries, are waited for as
-    /// ever: they neither let this one start early nor look whether they may.
+    /// Queues it. Where the card can, its blocks start before the kernels ahead have ended, and wait for those themselves (programmatic
+    /// dependent launch); a capture makes a programmatic edge of that. Behind a copy, or ahead of one, the stream's order is as ever.
     ///
     /// # Safety
     /// Number, order and types of the parameters are those of the kernel, and every pointer is to as much memory as the kernel
