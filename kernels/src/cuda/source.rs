@@ -28,3 +28,26 @@ pub const SOURCES: &[Source] = &[
     Source { name: "rope.cu", text: include_str!("../../cu/rope.cu") },
     Source { name: "sample.cu", text: include_str!("../../cu/sample.cu") },
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rule at the head of `common.cuh`, of which the emulation knows nothing.
+    #[test]
+    fn nothing_is_read_as_a_constant() {
+        for source in HEADERS.iter().chain(SOURCES) {
+            let code = source.text.lines().map(|line| line.split("//").next().unwrap_or_default());
+            for (number, line) in code.enumerate() {
+                for word in ["__restrict__", "ld.global.nc", "__ldg"] {
+                    assert!(
+                        !line.contains(word),
+                        "{}:{}: {word} may be read before the kernels ahead have written it",
+                        source.name,
+                        number + 1
+                    );
+                }
+            }
+        }
+    }
+}
