@@ -8,8 +8,9 @@
 // logits [rows, vocab]; top_ids [rows, top]; out [rows, 1 + top]. Everything of a row is NaN if it holds NaN or positive infinity;
 // the token's own is if it is not an id.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    logprobs(const float* __restrict__ logits, const int* __restrict__ token_ids, int* __restrict__ top_ids,
-             float* __restrict__ out, int vocab, int top) {
+    logprobs(const float* logits, const int* token_ids, int* top_ids, float* out, int vocab, int top) {
+  ptx::launch_dependents();
+  ptx::wait_for_earlier_kernels();
   CU_SHARED(u64, partial);  // [WARPS]
   const float* row = logits + (size_t)blockIdx.x * vocab;
   // The best of this thread's ids behind `bound`.
