@@ -1,6 +1,6 @@
 //! The [`Backend`] trait: the ops from which every model is made, and the contract that they keep.
 
-use crate::{Columns, DType, Element, Error, Matrix, Result, Tensor, composed, weights::WeightView};
+use crate::{Columns, DType, Download, Element, Error, Matrix, Result, Tensor, Upload, Values, composed, weights::WeightView};
 
 /// What [`Backend::linear`] does with a product before it stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -140,7 +140,8 @@ pub struct GraphKey {
 /// [`Error::Shape`](crate::Error::Shape). Sums are accumulated in f32 or better.
 ///
 /// [`alloc`](Self::alloc), [`load_weight`](Self::load_weight), [`upload`](Self::upload) and
-/// [`download`](Self::download) are not ops: they may allocate and wait.
+/// [`download`](Self::download) are not ops: they may allocate and wait. All that is asked of a backend happens in the order in
+/// which it was asked, as far as anybody can see.
 pub trait Backend: Sized + Send + Sync + 'static {
     /// Device memory of an activation.
     type Storage: Send;
@@ -197,6 +198,45 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// # Errors
     /// If type or length differ, or the device fails.
     fn download<T: Element>(&self, src: &Tensor<Self>, dst: &mut [T]) -> Result<()>;
+
+    /// Begins to copy the window of `src` to the host: as it is behind the ops so far, whatever is done to it later. A backend that
+    /// is late does not wait here, so that more can be queued before [`Download::wait`].
+    ///
+    /// # Errors
+    /// If the type differs, or the device fails.
+    fn begin_download<T: Element>(&self, src: &Tensor<Self>) -> Result<Download<T>> {
+        let mut elements = vec![T::zeroed(); src.rows() * src.cols()];
+        self.download(src, &mut elements)?;
+        Ok(Download::new(elements.len(), move |dst: &mut [T]| {
+            dst.copy_from_slice(&elements);
+            Ok(())
+        }))
+    }
+
+    /// Tensors for [`upload_packed`](Self::upload_packed): columns of i32 or f32, with room for `capacities` elements.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the memory is not there.
+    fn alloc_packed<const N: usize>(&self, capacities: [(usize, DType); N]) -> Result<[Tensor<Self>; N]> {
+        let tensors = capacities.into_iter().map(|(elements, dtype)| self.alloc(elements, 1, dtype)).collect::<Result<Vec<_>>>()?;
+        tensors.try_into().map_err(|_| Error::shape("alloc_packed", format!("expected {N} tensors")))
+    }
+
+    /// Copies values into tensors that [`alloc_packed`](Self::alloc_packed) gave together, and shapes these to them; in one copy where
+    /// each would cost. Where a tensor then lies depends on the shapes of `uploads` and on nothing else. Tensors that are not among
+    /// them hold nothing any more.
+    ///
+    /// # Errors
+    /// If types differ, there are more elements than were allocated, or the device fails.
+    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<()> {
+        uploads.iter_mut().try_for_each(|upload| {
+            upload.tensor.set_shape(upload.rows()?, upload.cols)?;
+            match upload.values {
+                Values::F32(values) => self.upload(values, upload.tensor),
+                Values::I32(values) => self.upload(values, upload.tensor),
+            }
+        })
+    }
 
     /// Runs `f`. A backend with graphs records its ops at the first sight of `key` and replays them after, so `f` must do
     /// the same ops on the same windows of the same tensors whenever `key` is the same, and nothing that later code relies on.

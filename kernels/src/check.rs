@@ -89,6 +89,14 @@ pub fn copy<B: Backend>(op: &'static str, tensor: &Tensor<B>, dtype: DType, len:
     })
 }
 
+/// A tensor that goes to the host without its length being said.
+///
+/// # Errors
+/// [`Error::Shape`] if the types differ.
+pub fn element<B: Backend>(op: &'static str, tensor: &Tensor<B>, dtype: DType) -> Result<()> {
+    Check(op).dtype("tensor", tensor.dtype(), &[dtype])
+}
+
 /// [`Backend::embed`]
 pub fn embed<B: Backend>(backend: &B, table: &Matrix<B>, ids: &Tensor<B>, out: &Tensor<B>) -> Result<()> {
     let check = Check("embed");

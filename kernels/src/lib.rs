@@ -11,9 +11,11 @@ pub mod cuda;
 mod error;
 mod loader;
 mod tensor;
+mod transfer;
 pub mod weights;
 
 pub use backend::{AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, SwigluScratch, VarlenAttention};
 pub use error::{Error, Result};
 pub use loader::WeightLoader;
 pub use tensor::{Columns, DType, Element, Matrix, Tensor};
+pub use transfer::{Download, Upload, Values};

@@ -70,6 +70,8 @@ pub struct Tensor<B: Backend> {
     /// Device memory of `capacity x cols` elements.
     pub storage: B::Storage,
     dtype: DType,
+    /// Elements allocated.
+    allocated: usize,
     capacity: usize,
     window: Range<usize>,
     cols: usize,
@@ -78,7 +80,7 @@ pub struct Tensor<B: Backend> {
 impl<B: Backend> Tensor<B> {
     /// Wraps `storage`, which must hold `rows x cols` elements of `dtype`; the window covers all of it. For backends.
     pub fn new(storage: B::Storage, rows: usize, cols: usize, dtype: DType) -> Self {
-        Self { storage, dtype, capacity: rows, window: 0..rows, cols }
+        Self { storage, dtype, allocated: rows * cols, capacity: rows, window: 0..rows, cols }
     }
 
     /// Element type.
@@ -96,7 +98,7 @@ impl<B: Backend> Tensor<B> {
         self.cols
     }
 
-    /// Rows allocated.
+    /// Rows that the window can have.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -128,6 +130,18 @@ impl<B: Backend> Tensor<B> {
             return Err(Error::shape("set_window", format!("rows {window:?} of a tensor with capacity {}", self.capacity)));
         }
         self.window = window;
+        Ok(())
+    }
+
+    /// Lays the memory out as `rows` rows of `cols` columns, all of them in the window. What was there is meaningless from then on.
+    ///
+    /// # Errors
+    /// If these are more elements than were allocated.
+    pub(crate) fn set_shape(&mut self, rows: usize, cols: usize) -> Result<()> {
+        if rows.checked_mul(cols).is_none_or(|elements| elements > self.allocated) {
+            return Err(Error::shape("set_shape", format!("[{rows}, {cols}] of a tensor with {} elements", self.allocated)));
+        }
+        (self.capacity, self.window, self.cols) = (rows, 0..rows, cols);
         Ok(())
     }
 

@@ -63,7 +63,7 @@ std::mutex objects_lock;
 int retained = 0;
 std::set<Stream*> streams;
 // Of everything else that is made in the context: how many there are.
-std::atomic<int> modules{0}, events{0}, graphs{0}, graph_instances{0}, pinned{0};
+std::atomic<int> modules{0}, events{0}, graphs{0}, graph_instances{0};
 
 // Handles 0 to 2 are the null stream, legacy and per thread.
 Stream& stream_of(void* handle) { return (uintptr_t)handle < 3 ? null_stream : *(Stream*)handle; }
@@ -156,13 +156,23 @@ Result release(Pointer pointer) {
   return SUCCESS;
 }
 
-// Every copy and fill must stay within one allocation.
-void check_device(Pointer pointer, size_t bytes, const char* what) {
+// Pinned memory of the host.
+std::map<uintptr_t, size_t> pinned;
+
+void check_within(const std::map<uintptr_t, size_t>& ranges, uintptr_t start, size_t bytes, const char* what) {
   std::lock_guard<std::mutex> guard(memory_lock);
-  auto after = allocations.upper_bound((uintptr_t)pointer);
-  if (after == allocations.begin()) cuemu::die(what);
+  auto after = ranges.upper_bound(start);
+  if (after == ranges.begin()) cuemu::die(what);
   --after;
-  if ((uintptr_t)pointer + bytes > after->first + after->second) cuemu::die(what);
+  if (start + bytes > after->first + after->second) cuemu::die(what);
+}
+
+// Every copy and fill must stay within one allocation.
+void check_device(Pointer pointer, size_t bytes, const char* what) { check_within(allocations, (uintptr_t)pointer, bytes, what); }
+
+// From pageable memory a card may copy at once or later. It is checked when the copy is done: by then it may have been given back.
+void check_pinned(const void* pointer, size_t bytes) {
+  check_within(pinned, (uintptr_t)pointer, bytes, "a copy reads or writes host memory that is not pinned, or not any more");
 }
 
 }  // namespace
@@ -202,9 +212,9 @@ API cuDevicePrimaryCtxRetain(void** context, int) {
 API cuDevicePrimaryCtxRelease_v2(int) {
   std::lock_guard<std::mutex> guard(objects_lock);
   if (--retained > 0) return SUCCESS;
-  if (!streams.empty() || modules || events || graphs || graph_instances || pinned || allocated_bytes) {
-    fprintf(stderr, "cuemu: %zu streams, %d modules, %d events, %d graphs, %d instances, %d pinned buffers, %zu bytes\n",
-            streams.size(), modules.load(), events.load(), graphs.load(), graph_instances.load(), pinned.load(), allocated_bytes);
+  if (!streams.empty() || modules || events || graphs || graph_instances || !pinned.empty() || allocated_bytes) {
+    fprintf(stderr, "cuemu: %zu streams, %d modules, %d events, %d graphs, %d instances, %zu pinned buffers, %zu bytes\n",
+            streams.size(), modules.load(), events.load(), graphs.load(), graph_instances.load(), pinned.size(), allocated_bytes);
     cuemu::die("the context is released while something made in it lives");
   }
   return SUCCESS;
@@ -275,22 +285,32 @@ API cuMemFree_v2(Pointer pointer) {
 API cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
   if (Result refused = not_captured()) return refused;
   *pointer = aligned_alloc(4096, (bytes + 4095) & ~size_t(4095));
-  return *pointer ? (pinned++, SUCCESS) : OUT_OF_MEMORY;
+  if (!*pointer) return OUT_OF_MEMORY;
+  std::lock_guard<std::mutex> guard(memory_lock);
+  return pinned[(uintptr_t)*pointer] = bytes, SUCCESS;
 }
 API cuMemFreeHost(void* pointer) {
   if (Result refused = not_captured()) return refused;
-  return pinned--, free(pointer), SUCCESS;
+  std::lock_guard<std::mutex> guard(memory_lock);
+  if (!pinned.erase((uintptr_t)pointer)) cuemu::die("pinned memory is given back that is not there");
+  return free(pointer), SUCCESS;
 }
 // A graph would read whatever lies there when it is replayed.
 API cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) {
   if (stream_of(stream).capturing) return not_captured();
   check_device(to, bytes, "a copy to the device leaves its allocation");
-  return enqueue(stream, [=] { memcpy((void*)to, from, bytes); });
+  return enqueue(stream, [=] {
+    check_pinned(from, bytes);
+    memcpy((void*)to, from, bytes);
+  });
 }
 API cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {
   if (stream_of(stream).capturing) return not_captured();
   check_device(from, bytes, "a copy from the device leaves its allocation");
-  return enqueue(stream, [=] { memcpy(to, (void*)from, bytes); });
+  return enqueue(stream, [=] {
+    check_pinned(to, bytes);
+    memcpy(to, (void*)from, bytes);
+  });
 }
 API cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes, void* stream) {
   check_device(to, bytes, "a copy on the device leaves its allocation");

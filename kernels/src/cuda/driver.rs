@@ -180,16 +180,23 @@ impl Drop for Event {
     }
 }
 
-/// Memory on a card.
+/// Memory on a card, or a part of it.
 pub struct DeviceBuffer {
-    stream: Arc<Stream>,
+    allocation: Arc<Allocation>,
     pointer: DevicePtr,
 }
 
+/// What the driver gave.
+struct Allocation {
+    stream: Arc<Stream>,
+    pointer: DevicePtr,
+    bytes: usize,
+}
+
 // SAFETY: an address; access is by the stream's work alone.
-unsafe impl Send for DeviceBuffer {}
+unsafe impl Send for Allocation {}
 // SAFETY: see above.
-unsafe impl Sync for DeviceBuffer {}
+unsafe impl Sync for Allocation {}
 
 impl DeviceBuffer {
     /// Zeros.
@@ -215,15 +222,33 @@ impl DeviceBuffer {
                 Error::Device(format!("{needed} MiB cannot be allocated on {}, {free} MiB are free: {error:?}", stream.device.name))
             })?
         };
-        Ok(Self { stream: Arc::clone(stream), pointer })
+        Ok(Self { allocation: Arc::new(Allocation { stream: Arc::clone(stream), pointer, bytes }), pointer })
     }
 
     pub(crate) fn pointer(&self) -> DevicePtr {
         self.pointer
     }
+
+    /// What lies from byte `start` of the whole allocation on, and lives as long as any part of it; `None` if fewer than `bytes`
+    /// bytes do.
+    pub(crate) fn part(&self, start: usize, bytes: usize) -> Option<Self> {
+        let allocation = Arc::clone(&self.allocation);
+        let pointer = allocation.pointer + start as u64;
+        (start.checked_add(bytes)? <= allocation.bytes).then_some(Self { allocation, pointer })
+    }
+
+    /// All of the allocation that it is a part of.
+    pub(crate) fn whole(&self) -> Self {
+        Self { allocation: Arc::clone(&self.allocation), pointer: self.allocation.pointer }
+    }
+
+    /// Whether both are parts of one allocation.
+    pub(crate) fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.allocation, &other.allocation)
+    }
 }
 
-impl Drop for DeviceBuffer {
+impl Drop for Allocation {
     fn drop(&mut self) {
         if self.pointer != 0 && self.stream.device.bind().is_ok() {
             // SAFETY: allocated once, freed once; the driver waits for work that uses it.
@@ -250,6 +275,10 @@ impl PinnedBuffer {
         // SAFETY: as long as was asked for.
         unsafe { pointer.write_bytes(0, bytes) };
         Ok(Self { device: Arc::clone(device), pointer, bytes })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
     }
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {

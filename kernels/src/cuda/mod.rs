@@ -13,6 +13,7 @@ mod linear;
 mod module;
 mod norm;
 pub mod nvrtc;
+mod packed;
 mod rope;
 mod rows;
 mod sample;
@@ -23,14 +24,14 @@ mod weight;
 pub use driver::DeviceBuffer;
 
 use crate::{
-    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch,
-    Tensor, VarlenAttention, check, weights::WeightView,
+    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm,
+    SwigluScratch, Tensor, Upload, VarlenAttention, check, weights::WeightView,
 };
 use driver::{Device, DevicePtr, Stream};
 use graph::Graphs;
 use module::{Launch, Modules};
 use nvrtc::CubinCache;
-use staging::Staging;
+use staging::{Downloads, Staging};
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -54,6 +55,7 @@ pub struct Cuda {
     linear: linear::Linear,
     attention: attention::Scratch,
     staging: Mutex<Staging>,
+    downloads: Downloads,
     stream: Arc<Stream>,
 }
 
@@ -71,6 +73,7 @@ impl Cuda {
             linear: linear::Linear::new(&stream)?,
             attention: attention::Scratch::new(&stream)?,
             staging: Mutex::new(Staging::new(&stream)?),
+            downloads: Downloads::new(&stream),
             graphs: Mutex::new(Graphs::new(&stream)),
             modules,
             stream,
@@ -173,6 +176,22 @@ impl Backend for Cuda {
         check::copy("download", src, T::DTYPE, dst.len())?;
         self.device().bind()?;
         self.staging().download(pointer(src), bytemuck::cast_slice_mut(dst))
+    }
+
+    fn begin_download<T: Element>(&self, src: &Tensor<Self>) -> Result<Download<T>> {
+        check::element("begin_download", src, T::DTYPE)?;
+        self.device().bind()?;
+        let len = src.rows() * src.cols();
+        let arriving = self.downloads.begin(pointer(src), len * size_of::<T>())?;
+        Ok(Download::new(len, move |dst: &mut [T]| arriving.wait(bytemuck::cast_slice_mut(dst))))
+    }
+
+    fn alloc_packed<const N: usize>(&self, capacities: [(usize, DType); N]) -> Result<[Tensor<Self>; N]> {
+        packed::alloc(self, capacities)
+    }
+
+    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<()> {
+        packed::upload(self, uploads)
     }
 
     fn graphed(&self, key: GraphKey, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -1,9 +1,10 @@
-//! Copies between host and card through pinned memory, so that uploads do not wait for the card.
+//! Copies between host and card through pinned memory, so that uploads do not wait for the card, and downloads for nothing but what
+//! was queued before them.
 
 use super::driver::{DevicePtr, Event, PinnedBuffer, Stream, check};
 use crate::Result;
 use cudarc::driver::result;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Large enough that the bus is busy, small enough that the first copy starts soon.
 const SLOT_BYTES: usize = 8 << 20;
@@ -76,5 +77,87 @@ impl Staging {
         self.current = (self.current + 1) % SLOTS;
         self.used = 0;
         self.slots[self.current].copied.wait()
+    }
+}
+
+/// Pinned memory of one download, and the point in the stream behind its copy.
+struct Landing {
+    memory: PinnedBuffer,
+    copied: Event,
+}
+
+/// Landings that no download has. Pinning memory takes as long as many a step, so that it is kept.
+#[derive(Clone, Default)]
+struct Landings(Arc<Mutex<Vec<Landing>>>);
+
+impl Landings {
+    fn take(&self, bytes: usize) -> Option<Landing> {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = free.iter().position(|landing| landing.memory.len() >= bytes)?;
+        Some(free.swap_remove(found))
+    }
+
+    fn give_back(&self, landing: Landing) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(landing);
+    }
+}
+
+/// Downloads that are begun, and waited for later: each has pinned memory of its own.
+pub(crate) struct Downloads {
+    stream: Arc<Stream>,
+    landings: Landings,
+}
+
+/// Fewest bytes of a landing: a page.
+const MIN_LANDING_BYTES: usize = 4 << 10;
+
+impl Downloads {
+    pub(crate) fn new(stream: &Arc<Stream>) -> Self {
+        Self { stream: Arc::clone(stream), landings: Landings::default() }
+    }
+
+    /// Queues a copy of `bytes` bytes from `src`.
+    pub(crate) fn begin(&self, src: DevicePtr, bytes: usize) -> Result<Arriving> {
+        let landing = match self.landings.take(bytes) {
+            Some(landing) => landing,
+            None => Landing {
+                memory: PinnedBuffer::new(self.stream.device(), bytes.next_power_of_two().max(MIN_LANDING_BYTES))?,
+                copied: Event::new(Arc::clone(&self.stream))?,
+            },
+        };
+        let mut arriving = Arriving { landing: Some(landing), landings: self.landings.clone() };
+        if let Some(Landing { memory, copied }) = &mut arriving.landing {
+            // SAFETY: the memory is read behind `copied` only. It may be on its way for a download that was dropped: then that copy
+            // comes first in the stream. `src` has as many bytes as its owner says.
+            let queued = unsafe { result::memcpy_dtoh_async(&mut memory.bytes_mut()[..bytes], src, self.stream.handle()) };
+            check("a download failed", queued)?;
+            copied.record()?;
+        }
+        Ok(arriving)
+    }
+}
+
+/// A copy that is on its way to the host. Its memory goes back when it is dropped, waited for or not.
+pub(crate) struct Arriving {
+    landing: Option<Landing>,
+    landings: Landings,
+}
+
+impl Arriving {
+    /// Waits for the copy and hands its bytes out.
+    pub(crate) fn wait(mut self, out: &mut [u8]) -> Result<()> {
+        if let Some(Landing { memory, copied }) = &mut self.landing {
+            copied.wait()?;
+            out.copy_from_slice(&memory.bytes_mut()[..out.len()]);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        if let Some(landing) = self.landing.take() {
+            self.landings.give_back(landing);
+        }
     }
 }

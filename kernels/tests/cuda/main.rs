@@ -15,3 +15,4 @@ mod rope;
 mod rows;
 mod sample;
 mod support;
+mod transfer;
