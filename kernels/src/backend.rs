@@ -126,8 +126,8 @@ pub struct Draws<'a, B: Backend> {
 pub struct GraphKey {
     /// Which sequence of ops: unique per model and phase.
     pub name: &'static str,
-    /// All sizes that its launches depend on: sequences of a decode step; patches, sub-images and the largest sub-image of a vision
-    /// pass, the first and the last [padded](Backend::padded_rows).
+    /// All sizes that its launches depend on: sequences of a decode step and columns of their block tables; patches, sub-images and
+    /// the largest sub-image of a vision pass, the first and the last [padded](Backend::padded_rows).
     pub sizes: [usize; 3],
 }
 

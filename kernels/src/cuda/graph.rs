@@ -17,8 +17,8 @@ enum Recording {
     Refused,
 }
 
-/// Most keys that are remembered: every batch size of decoding, and the pictures' sizes that come most often. A graph takes memory
-/// on the card.
+/// Most keys that are remembered: every batch size of decoding at a few widths of the block tables, and the pictures' sizes that come
+/// most often. A graph takes memory on the card.
 const MAX_RECORDINGS: usize = 256;
 
 struct Entry {

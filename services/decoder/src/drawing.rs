@@ -1,7 +1,7 @@
-//! Choosing tokens on the device: what it needs is uploaded, and only ids come back.
+//! Choosing tokens on the device: what it needs is uploaded with the step, and only ids come back.
 
 use crate::sampler::Draw;
-use idefics_kernels::{Backend, DType, Draws, Result, Tensor};
+use idefics_kernels::{Backend, DType, Download, Draws, Result, Tensor, Upload, Values};
 
 /// How one row is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -24,49 +24,72 @@ pub(crate) struct Drawing<B: Backend> {
     random: Tensor<B>,      // [O, 2] i32
     banned: Tensor<B>,      // [1, ceil(vocab / 32)] i32: bits
     out: Tensor<B>,         // [O, 1] i32
-    tokens: Vec<i32>,
+    rows: Rows,
+}
+
+/// The same on the host, a row of each for a row of logits.
+#[derive(Default)]
+struct Rows {
+    temperature: Vec<f32>,
+    top_k: Vec<i32>,
+    top_p: Vec<f32>,
+    random: Vec<i32>,
 }
 
 impl<B: Backend> Drawing<B> {
-    /// Room for `outputs` rows.
-    pub(crate) fn new(backend: &B, outputs: usize, vocab_size: usize, banned_token_ids: &[u32]) -> Result<Self> {
-        let outputs = if B::SAMPLES { outputs } else { 0 };
-        let column = |dtype| backend.alloc(outputs, 1, dtype);
+    /// Room for `outputs` rows. `packed` are temperature, top-k, top-p and random bits, which go up with the step.
+    pub(crate) fn new(backend: &B, packed: [Tensor<B>; 4], outputs: usize, vocab_size: usize, banned_token_ids: &[u32]) -> Result<Self> {
+        let [temperature, top_k, top_p, random] = packed;
         let mut bits = vec![0i32; vocab_size.div_ceil(32)];
         banned_token_ids.iter().for_each(|id| bits[*id as usize / 32] |= 1 << (id % 32));
         let mut banned = backend.alloc(1, bits.len(), DType::I32)?;
         backend.upload(&bits, &mut banned)?;
-        Ok(Self {
-            temperature: column(DType::F32)?,
-            top_k: column(DType::I32)?,
-            top_p: column(DType::F32)?,
-            random: backend.alloc(outputs, 2, DType::I32)?,
-            banned,
-            out: column(DType::I32)?,
-            tokens: Vec::new(),
-        })
+        Ok(Self { temperature, top_k, top_p, random, banned, out: backend.alloc(outputs, 1, DType::I32)?, rows: Rows::default() })
     }
 
-    /// Chooses a token from each row of `logits`; they are then in [`tokens`](Self::tokens).
-    pub(crate) fn run(&mut self, backend: &B, logits: &Tensor<B>, rows: impl Iterator<Item = DrawRow>) -> Result<()> {
-        let rows: Vec<DrawRow> = rows.collect();
-        for tensor in [&mut self.temperature, &mut self.top_k, &mut self.top_p, &mut self.random, &mut self.out] {
-            tensor.set_rows(rows.len())?;
-        }
-        let f32s = |value: fn(&DrawRow) -> f32| rows.iter().map(value).collect::<Vec<f32>>();
-        backend.upload(&f32s(|row| row.draw.temperature), &mut self.temperature)?;
-        backend.upload(&f32s(|row| row.draw.top_p), &mut self.top_p)?;
-        backend.upload(&rows.iter().map(|row| row.draw.top_k as i32).collect::<Vec<i32>>(), &mut self.top_k)?;
-        let halves: Vec<i32> = rows.iter().flat_map(|row| [row.random as i32, (row.random >> 32) as i32]).collect();
-        backend.upload(&halves, &mut self.random)?;
+    /// Forgets the rows of the last step.
+    pub(crate) fn clear(&mut self) {
+        let Rows { temperature, top_k, top_p, random } = &mut self.rows;
+        temperature.clear();
+        top_k.clear();
+        top_p.clear();
+        random.clear();
+    }
+
+    /// Adds a row.
+    pub(crate) fn push(&mut self, DrawRow { draw, random }: DrawRow) {
+        self.rows.temperature.push(draw.temperature);
+        self.rows.top_k.push(draw.top_k as i32);
+        self.rows.top_p.push(draw.top_p);
+        self.rows.random.extend([random as i32, (random >> 32) as i32]);
+    }
+
+    /// Rows that are to be drawn.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.rows.top_k.len()
+    }
+
+    /// What goes up with the step.
+    pub(crate) fn uploads(&mut self) -> [Upload<'_, B>; 4] {
+        let Self { temperature, top_k, top_p, random, rows, .. } = self;
+        [
+            Upload { values: Values::F32(&rows.temperature), cols: 1, tensor: temperature },
+            Upload { values: Values::I32(&rows.top_k), cols: 1, tensor: top_k },
+            Upload { values: Values::F32(&rows.top_p), cols: 1, tensor: top_p },
+            Upload { values: Values::I32(&rows.random), cols: 2, tensor: random },
+        ]
+    }
+
+    /// Chooses a token from each row of `logits`. An op: a backend may record and replay it.
+    pub(crate) fn run(&mut self, backend: &B, logits: &Tensor<B>) -> Result<()> {
+        self.out.set_rows(self.rows.top_k.len())?;
         let Self { temperature, top_k, top_p, random, banned, out, .. } = self;
-        backend.sample(logits, &Draws { temperature, top_k, top_p, random, banned }, out)?;
-        self.tokens.resize(rows.len(), 0);
-        backend.download(&self.out, &mut self.tokens)
+        backend.sample(logits, &Draws { temperature, top_k, top_p, random, banned }, out)
     }
 
-    /// What the last [`run`](Self::run) chose.
-    pub(crate) fn tokens(&self) -> &[i32] {
-        &self.tokens
+    /// Begins to bring what the last [`run`](Self::run) chose to the host.
+    pub(crate) fn download(&mut self, backend: &B) -> Result<Download<i32>> {
+        self.out.set_rows(self.rows.top_k.len())?;
+        backend.begin_download(&self.out)
     }
 }

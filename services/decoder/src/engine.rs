@@ -226,7 +226,9 @@ impl<B: Backend> Worker<B> {
         let running = self.scheduler.running();
         step.iter().for_each(|part| running[part.sequence].mark_started());
         let mut prompt_logprobs: Vec<(usize, (u32, Logprobs))> = Vec::new();
-        let outputs = self.runner.run(step, running, &mut |i, position, logits| {
+        let launched = self.runner.launch(step, running)?;
+        let outputs = self.runner.finish(launched, &mut |part, position, logits| {
+            let i = step[part].sequence;
             let token_id = running[i].token_ids[position + 1];
             prompt_logprobs.push((i, (token_id, logprobs(logits, token_id, running[i].prompt_top()))));
         })?;
@@ -240,7 +242,8 @@ impl<B: Backend> Worker<B> {
                 sequence.report_prompt(of_sequence.iter().map(|(_, token)| token.clone()).collect());
             }
         }
-        for (i, next) in outputs {
+        for (part, next) in outputs {
+            let i = step[part].sequence;
             let sequence = &mut running[i];
             if failed.contains(&sequence.number()) {
                 continue;

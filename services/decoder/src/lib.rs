@@ -9,6 +9,7 @@ pub mod config;
 mod drawing;
 pub mod engine;
 pub mod image_store;
+mod inputs;
 mod metrics;
 pub mod model;
 pub mod model_runner;

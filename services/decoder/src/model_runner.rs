@@ -2,16 +2,15 @@
 
 use crate::{
     config::Config,
-    drawing::{DrawRow, Drawing},
     engine::EngineOptions,
-    model::{ImageRows, Mistral, StepInputs, Workspace},
-    sampler::Draw,
+    inputs::{Inputs, Limits, Output},
+    model::{ImageRows, Mistral, Workspace},
     scheduler::Scheduled,
     sequence::Sequence,
 };
 use half::{bf16, f16};
 use idefics_common::checkpoint::ModelConfig;
-use idefics_kernels::{Backend, DType, Element, Error, GraphKey, KvCache, Result, Tensor, WeightLoader};
+use idefics_kernels::{Backend, DType, Download, Element, Error, GraphKey, KvCache, Result, Tensor, WeightLoader};
 
 /// The model with its cache, its activations and its inputs.
 pub struct ModelRunner<B: Backend> {
@@ -19,15 +18,14 @@ pub struct ModelRunner<B: Backend> {
     model: Mistral<B>,
     kv: Vec<KvCache<B>>,
     workspace: Workspace<B>,
-    inputs: StepInputs<B>,
+    inputs: Inputs<B>,
     images: ImageRows<B>,
+    /// `[n, 1]` i32: rows of prompts whose logits are wanted.
+    prompt_rows: Tensor<B>,
     hidden: usize,
     vocab_size: usize,
-    max_blocks: usize,
-    /// Rows whose next token the workspace has room for.
-    max_outputs: usize,
-    drawing: Drawing<B>,
     cache: CacheSize,
+    tokens: Vec<i32>,
     logits: Vec<f32>,
     prompt_logits: Vec<f32>,
 }
@@ -45,7 +43,17 @@ pub enum Next<'a> {
     Tokens(&'a [i32]),
 }
 
-/// Called with the index of a sequence, a position of its prompt and the logits `[vocab]` of the token behind it.
+/// A step that is queued on the device.
+#[derive(Debug)]
+pub struct Launched {
+    outputs: Vec<Output>,
+    /// Places of prompts whose log-probabilities are wanted: index in the step, position, row of the step.
+    prompt_places: Vec<(usize, usize, i32)>,
+    /// One for each row of the outputs, if the device chooses any.
+    tokens: Option<Download<i32>>,
+}
+
+/// Called with an index in the step, a position of that sequence's prompt and the logits `[vocab]` of the token behind it.
 pub type OnPromptLogits<'a> = &'a mut dyn FnMut(usize, usize, &[f32]);
 
 /// Size of the KV cache.
@@ -117,38 +125,29 @@ impl<B: Backend> ModelRunner<B> {
         let (tokens, seqs) = (step_tokens(config, &backend), config.max_num_seqs);
         // A next token is wanted behind every guess.
         let outputs = tokens.min((seqs * (1 + config.prompt_lookup_tokens)).max(MIN_OUTPUTS));
-        let i32s = |rows, cols| backend.alloc(rows, cols, DType::I32);
         let workspace = Workspace::new(&backend, text, tokens, outputs)?;
-        let images = ImageRows { tokens: backend.alloc(tokens, text.hidden_size, dtype)?, rows: i32s(tokens, 1)? };
-        let drawing = Drawing::new(&backend, outputs, text.vocab_size, &options.banned_token_ids)?;
+        let images = ImageRows { tokens: backend.alloc(tokens, text.hidden_size, dtype)?, rows: backend.alloc(tokens, 1, DType::I32)? };
+        let prompt_rows = backend.alloc(outputs, 1, DType::I32)?;
         let cache = CacheSize::new(config, &options.model, dtype.size(), backend.free_memory()?)?;
-        let max_blocks = cache.max_model_tokens.div_ceil(config.block_size_tokens);
-        let slots = cache.num_blocks * config.block_size_tokens;
+        let block_size = config.block_size_tokens;
+        let limits = Limits { tokens, sequences: seqs, outputs, blocks: cache.max_model_tokens.div_ceil(block_size), block_size };
+        let inputs = Inputs::new(&backend, limits, text.vocab_size, &options.banned_token_ids)?;
+        let slots = cache.num_blocks * block_size;
         let kv_size = text.num_key_value_heads * text.head_dim();
         let cache_tensor = || backend.alloc(slots, kv_size, dtype);
         let kv = (0..text.num_hidden_layers)
-            .map(|_| Ok(KvCache { k: cache_tensor()?, v: cache_tensor()?, block_size: config.block_size_tokens }))
+            .map(|_| Ok(KvCache { k: cache_tensor()?, v: cache_tensor()?, block_size }))
             .collect::<Result<_>>()?;
         Ok(Self {
             kv,
             workspace,
-            inputs: StepInputs {
-                token_ids: i32s(tokens, 1)?,
-                positions: i32s(tokens, 1)?,
-                slots: i32s(tokens, 1)?,
-                cu_seqlens_q: i32s(seqs + 1, 1)?,
-                block_tables: i32s(seqs, max_blocks)?,
-                context_lens: i32s(seqs, 1)?,
-                output_rows: i32s(outputs, 1)?,
-                max_seqlen_q: 0,
-            },
+            inputs,
             images,
-            drawing,
+            prompt_rows,
             cache,
             hidden: text.hidden_size,
             vocab_size: text.vocab_size,
-            max_blocks,
-            max_outputs: outputs,
+            tokens: Vec::new(),
             logits: Vec::new(),
             prompt_logits: Vec::new(),
             model,
@@ -161,61 +160,84 @@ impl<B: Backend> ModelRunner<B> {
         self.cache
     }
 
-    /// Computes the step. Returns, in the order of `step`, what follows each sequence whose last token was computed, with its
-    /// index: a row behind the last token and behind each guess. `on_prompt` is called before, for every position of the step
-    /// whose next prompt token's log-probability is wanted, in order.
+    /// Queues the step. Waits for the device only where it must: where it computes in the host's memory.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn run(&mut self, step: &[Scheduled], sequences: &[Sequence], on_prompt: OnPromptLogits<'_>) -> Result<Vec<(usize, Next<'_>)>> {
-        let outputs = self.prepare(step, sequences)?;
+    pub fn launch(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Launched> {
         let has_images = self.prepare_images(step, sequences)?;
-        let rows = outputs.iter().map(|(_, rows)| rows).sum();
+        let prompt_places = prompt_places(step, sequences);
+        self.queue(step, sequences, has_images).map(|launched| Launched { prompt_places, ..launched })
+    }
+
+    fn queue(&mut self, step: &[Scheduled], sequences: &[Sequence], has_images: bool) -> Result<Launched> {
+        let outputs = self.inputs.fill(&self.backend, step, sequences)?;
+        let rows = outputs.iter().map(|output| output.rows).sum();
+        let (all_drawn, any_drawn) = (outputs.iter().all(|output| output.draw.is_some()), self.inputs.drawing.num_rows() > 0);
         let Self { backend, model, kv, workspace, inputs, images, .. } = self;
         let images = has_images.then_some(&*images);
         // Not within `graphed`, which does not come back to this code when it replays.
-        workspace.set_rows(inputs.token_ids.rows(), rows)?;
-        if images.is_none() && inputs.max_seqlen_q == 1 && outputs.len() == step.len() {
-            let key = GraphKey { name: "decode", sizes: [step.len(), 0, 0] };
-            backend.graphed(key, &mut || model.forward(backend, inputs, None, kv, workspace))?;
-        } else {
-            model.forward(backend, inputs, images, kv, workspace)?;
+        workspace.set_rows(inputs.step.token_ids.rows(), rows)?;
+        let width = inputs.step.block_tables.cols();
+        let key = |name| GraphKey { name, sizes: [step.len(), width, 0] };
+        let decodes = images.is_none() && inputs.step.max_seqlen_q == 1 && outputs.len() == step.len();
+        match (decodes, all_drawn) {
+            (true, true) => {
+                backend.graphed(key("decode and draw"), &mut || {
+                    model.forward(backend, &inputs.step, None, kv, workspace)?;
+                    inputs.drawing.run(backend, workspace.logits())
+                })?;
+            }
+            (true, false) => backend.graphed(key("decode"), &mut || model.forward(backend, &inputs.step, None, kv, workspace))?,
+            (false, _) => model.forward(backend, &inputs.step, images, kv, workspace)?,
         }
-        let drawn = self.choose(&outputs, sequences)?;
-        self.run_prompt(step, sequences, on_prompt)?;
-        let (tokens, mut logits, mut end) = (self.drawing.tokens(), &self.logits[..], 0);
-        let next = outputs.into_iter().zip(drawn).map(|((sequence, rows), drawn)| {
+        if any_drawn && !(decodes && all_drawn) {
+            inputs.drawing.run(backend, workspace.logits())?;
+        }
+        let tokens = if any_drawn { Some(inputs.drawing.download(backend)?) } else { None };
+        Ok(Launched { outputs, prompt_places: Vec::new(), tokens })
+    }
+
+    /// Waits for a step. Returns, in its order, what follows each sequence whose last token was computed, with its index in the
+    /// step: a row behind the last token and behind each guess. `on_prompt` is called before, for every position whose next prompt
+    /// token's log-probability is wanted, in order.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn finish(&mut self, launched: Launched, on_prompt: OnPromptLogits<'_>) -> Result<Vec<(usize, Next<'_>)>> {
+        let Launched { outputs, prompt_places, tokens } = launched;
+        if let Some(tokens) = tokens {
+            self.tokens.resize(outputs.iter().map(|output| output.rows).sum(), 0);
+            tokens.wait(&mut self.tokens)?;
+        }
+        self.download_logits(&outputs)?;
+        self.run_prompt(&prompt_places, on_prompt)?;
+        let (tokens, mut logits, mut end) = (&self.tokens[..], &self.logits[..], 0);
+        let next = outputs.into_iter().map(|Output { part, rows, draw }| {
             end += rows;
-            if drawn {
-                return (sequence, Next::Tokens(&tokens[end - rows..end]));
+            if draw.is_some() {
+                return (part, Next::Tokens(&tokens[end - rows..end]));
             }
             let (own, rest) = logits.split_at(rows * self.vocab_size);
             logits = rest;
-            (sequence, Next::Logits(own))
+            (part, Next::Logits(own))
         });
         Ok(next.collect())
     }
 
-    /// Takes from the device what follows each sequence: tokens that it chose, or logits. Returns which of `outputs` have tokens.
-    fn choose(&mut self, outputs: &[(usize, usize)], sequences: &[Sequence]) -> Result<Vec<bool>> {
-        let draws = |sequence: usize| if B::SAMPLES { sequences[sequence].sampler.plain_draw() } else { None };
-        let draws: Vec<Option<Draw>> = outputs.iter().map(|(sequence, _)| draws(*sequence)).collect();
-        let (backend, logits) = (&self.backend, self.workspace.logits_mut());
-        if draws.iter().any(Option::is_some) {
-            let rows = outputs.iter().zip(&draws).flat_map(|((sequence, rows), draw)| {
-                // A row whose logits go to the host has to have something here too.
-                let random = sequences[*sequence].sampler.random_bits(*rows);
-                random.into_iter().map(|random| draw.map_or(DrawRow::GREEDY, |draw| DrawRow { draw, random }))
-            });
-            self.drawing.run(backend, logits, rows)?;
-        }
-        let on_host = outputs.iter().zip(&draws).filter(|(_, draw)| draw.is_none()).map(|((_, rows), _)| rows).sum::<usize>();
+    /// Takes the logits of the outputs from which the host chooses.
+    fn download_logits(&mut self, outputs: &[Output]) -> Result<()> {
+        let on_host = outputs.iter().filter(|output| output.draw.is_none()).map(|output| output.rows).sum::<usize>();
         // What is there is overwritten: only what is new costs a clearing.
         self.logits.resize(on_host * self.vocab_size, 0.0);
+        if on_host == 0 {
+            return Ok(());
+        }
+        let (backend, logits) = (&self.backend, self.workspace.logits_mut());
         let (mut first_row, mut rest) = (0, &mut self.logits[..]);
-        for part in outputs.iter().zip(&draws).collect::<Vec<_>>().chunk_by(|a, b| a.1.is_some() == b.1.is_some()) {
-            let rows: usize = part.iter().map(|((_, rows), _)| rows).sum();
-            if part[0].1.is_none() {
+        for of_kind in outputs.chunk_by(|a, b| a.draw.is_some() == b.draw.is_some()) {
+            let rows: usize = of_kind.iter().map(|output| output.rows).sum();
+            if of_kind[0].draw.is_none() {
                 let (own, behind) = rest.split_at_mut(rows * self.vocab_size);
                 rest = behind;
                 logits.set_window(first_row..first_row + rows)?;
@@ -223,75 +245,22 @@ impl<B: Backend> ModelRunner<B> {
             }
             first_row += rows;
         }
-        logits.set_rows(first_row)?;
-        Ok(draws.iter().map(Option::is_some).collect())
-    }
-
-    /// Uploads the step; returns the sequences whose next token it gives, with their rows of logits.
-    fn prepare(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<(usize, usize)>> {
-        let tokens = step.iter().map(|part| part.num_tokens).sum();
-        let (mut token_ids, mut positions, mut slots) =
-            (Vec::with_capacity(tokens), Vec::with_capacity(tokens), Vec::with_capacity(tokens));
-        let (mut cu_seqlens, mut tables, mut context_lens) = (vec![0], Vec::new(), Vec::new());
-        let (mut output_rows, mut outputs) = (Vec::new(), Vec::new());
-        for part in step {
-            let sequence = &sequences[part.sequence];
-            let table = &sequence.block_table;
-            let range = sequence.num_computed..sequence.num_computed + part.num_tokens;
-            let real = range.start..range.end - part.num_drafts;
-            token_ids.extend(sequence.token_ids[real.clone()].iter().chain(&sequence.draft[..part.num_drafts]).map(|id| *id as i32));
-            positions.extend(range.clone().map(|p| p as i32));
-            slots.extend(range.clone().map(|p| table.slot(p, self.kv[0].block_size)));
-            cu_seqlens.push(token_ids.len() as i32);
-            context_lens.push(range.end as i32);
-            let row = tables.len();
-            tables.extend(table.blocks().iter().map(|b| *b as i32));
-            tables.resize(row + self.max_blocks, 0);
-            if real.end == sequence.token_ids.len() {
-                let (end, rows) = (token_ids.len(), 1 + part.num_drafts);
-                output_rows.extend((end - rows..end).map(|row| row as i32));
-                outputs.push((part.sequence, rows));
-            }
-        }
-        let inputs = &mut self.inputs;
-        inputs.max_seqlen_q = step.iter().map(|part| part.num_tokens).max().unwrap_or(0);
-        for (values, tensor) in [
-            (&token_ids, &mut inputs.token_ids),
-            (&positions, &mut inputs.positions),
-            (&slots, &mut inputs.slots),
-            (&cu_seqlens, &mut inputs.cu_seqlens_q),
-            (&tables, &mut inputs.block_tables),
-            (&context_lens, &mut inputs.context_lens),
-            (&output_rows, &mut inputs.output_rows),
-        ] {
-            tensor.set_rows(values.len() / tensor.cols())?;
-            self.backend.upload(values, tensor)?;
-        }
-        Ok(outputs)
+        logits.set_rows(first_row)
     }
 
     /// Applies the head to the rows of prompts whose logits are wanted, as many at a time as the workspace has room for:
     /// `[prompt, vocab]` is never there at once.
-    fn run_prompt(&mut self, step: &[Scheduled], sequences: &[Sequence], on_prompt: OnPromptLogits<'_>) -> Result<()> {
-        let mut wanted = Vec::new();
-        let mut first_row = 0;
-        for part in step {
-            let sequence = &sequences[part.sequence];
-            let start = sequence.num_computed;
-            let positions = sequence.unreported_positions(start..start + part.num_tokens);
-            wanted.extend(positions.map(|position| (part.sequence, position, (first_row + position - start) as i32)));
-            first_row += part.num_tokens;
-        }
-        for slice in wanted.chunks(self.max_outputs) {
+    fn run_prompt(&mut self, places: &[(usize, usize, i32)], on_prompt: OnPromptLogits<'_>) -> Result<()> {
+        for slice in places.chunks(self.prompt_rows.capacity()) {
             let rows: Vec<i32> = slice.iter().map(|(_, _, row)| *row).collect();
-            self.inputs.output_rows.set_rows(rows.len())?;
-            self.backend.upload(&rows, &mut self.inputs.output_rows)?;
+            self.prompt_rows.set_rows(rows.len())?;
+            self.backend.upload(&rows, &mut self.prompt_rows)?;
             self.workspace.set_outputs(rows.len())?;
-            self.model.head(&self.backend, &self.inputs.output_rows, &mut self.workspace)?;
+            self.model.head(&self.backend, &self.prompt_rows, &mut self.workspace)?;
             self.prompt_logits.resize(rows.len() * self.vocab_size, 0.0);
             self.backend.download(self.workspace.logits(), &mut self.prompt_logits)?;
-            for ((sequence, position, _), logits) in slice.iter().zip(self.prompt_logits.chunks_exact(self.vocab_size)) {
-                on_prompt(*sequence, *position, logits);
+            for ((part, position, _), logits) in slice.iter().zip(self.prompt_logits.chunks_exact(self.vocab_size)) {
+                on_prompt(*part, *position, logits);
             }
         }
         Ok(())
@@ -322,6 +291,20 @@ impl<B: Backend> ModelRunner<B> {
         upload_as(&self.backend, &values, &mut self.images.tokens)?;
         Ok(true)
     }
+}
+
+/// The places of prompts in the step whose log-probabilities are wanted: index in the step, position, row of the step.
+fn prompt_places(step: &[Scheduled], sequences: &[Sequence]) -> Vec<(usize, usize, i32)> {
+    let mut places = Vec::new();
+    let mut first_row = 0;
+    for (i, part) in step.iter().enumerate() {
+        let sequence = &sequences[part.sequence];
+        let start = sequence.num_computed;
+        let positions = sequence.unreported_positions(start..start + part.num_tokens);
+        places.extend(positions.map(|position| (i, position, (first_row + position - start) as i32)));
+        first_row += part.num_tokens;
+    }
+    places
 }
 
 /// Uploads f32 values in the tensor's own type.

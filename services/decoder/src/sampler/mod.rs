@@ -82,13 +82,11 @@ impl Sampler {
         plain.then_some(Draw { temperature: p.temperature, top_k: p.top_k, top_p: p.top_p })
     }
 
-    /// The bits that the next `n` draws take, in order. They are used up only by [`accept`](Self::accept).
-    pub fn random_bits(&self, n: usize) -> Vec<u64> {
-        if self.params.temperature == 0.0 {
-            return vec![0; n];
-        }
+    /// The bits that the next draws take, in order. They are used up only by [`accept`](Self::accept).
+    pub fn random_bits(&self) -> impl Iterator<Item = u64> + use<> {
+        let is_greedy = self.params.temperature == 0.0;
         let mut rng = self.rng.clone();
-        (0..n).map(|_| rng.next_u64()).collect()
+        std::iter::repeat_with(move || if is_greedy { 0 } else { rng.next_u64() })
     }
 
     /// Counts `token_id`, which the device drew with the next of [`random_bits`](Self::random_bits), as generated.
@@ -224,7 +222,7 @@ mod tests {
         let (mut host, mut device, mut scratch) =
             (Sampler::new(params.clone(), &[]), Sampler::new(params.clone(), &[]), Scratch::default());
         for _ in 0..20 {
-            let bits = device.random_bits(3)[0];
+            let bits = device.random_bits().next().unwrap();
             let total = warpers::distribution(&params, {
                 host.score(&logits, &[], &[], &mut scratch);
                 &mut scratch

@@ -1,0 +1,158 @@
+//! What a step needs on the device besides weights, cache and activations: gathered on the host, and uploaded in one copy.
+
+use crate::{
+    drawing::{DrawRow, Drawing},
+    model::StepInputs,
+    sampler::Draw,
+    scheduler::Scheduled,
+    sequence::Sequence,
+};
+use idefics_kernels::{Backend, DType, Result, Upload, Values};
+
+/// Fewest columns of a step's block tables. They have as many as the longest sequence has blocks, rounded up to a power of two: few
+/// widths, since graphs are recorded for each, and at most twice what is needed, since all of it goes over the bus.
+const MIN_TABLE_BLOCKS: usize = 64;
+
+/// Sizes of the largest step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) tokens: usize,
+    pub(crate) sequences: usize,
+    /// Rows whose next token is wanted.
+    pub(crate) outputs: usize,
+    /// Blocks of a sequence.
+    pub(crate) blocks: usize,
+    pub(crate) block_size: usize,
+}
+
+/// What a step gives for one of its parts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    /// Index in the step.
+    pub(crate) part: usize,
+    /// Rows of logits: behind the last token and behind each guess.
+    pub(crate) rows: usize,
+    /// How the device chooses from them; `None` if the host does.
+    pub(crate) draw: Option<Draw>,
+}
+
+/// The tensors, which lie together, and their contents on the way to them.
+pub(crate) struct Inputs<B: Backend> {
+    /// The model's.
+    pub(crate) step: StepInputs<B>,
+    /// The sampler's.
+    pub(crate) drawing: Drawing<B>,
+    host: Host,
+    limits: Limits,
+}
+
+/// As [`Inputs`], on the host; kept, so that no step allocates them.
+#[derive(Default)]
+struct Host {
+    token_ids: Vec<i32>,
+    positions: Vec<i32>,
+    slots: Vec<i32>,
+    cu_seqlens_q: Vec<i32>,
+    context_lens: Vec<i32>,
+    output_rows: Vec<i32>,
+    block_tables: Vec<i32>,
+}
+
+impl Host {
+    fn clear(&mut self) {
+        let Self { token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables } = self;
+        for values in [token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables] {
+            values.clear();
+        }
+    }
+}
+
+impl<B: Backend> Inputs<B> {
+    /// Room for steps up to `limits`.
+    pub(crate) fn new(backend: &B, limits: Limits, vocab_size: usize, banned_token_ids: &[u32]) -> Result<Self> {
+        let Limits { tokens, sequences, outputs, blocks, .. } = limits;
+        let draws = if B::SAMPLES { outputs } else { 0 };
+        let [token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables, temperature, top_k, top_p, random] =
+            backend.alloc_packed([
+                (tokens, DType::I32),
+                (tokens, DType::I32),
+                (tokens, DType::I32),
+                (sequences + 1, DType::I32),
+                (sequences, DType::I32),
+                (outputs, DType::I32),
+                (sequences * blocks, DType::I32),
+                (draws, DType::F32),
+                (draws, DType::I32),
+                (draws, DType::F32),
+                (2 * draws, DType::I32),
+            ])?;
+        Ok(Self {
+            step: StepInputs { token_ids, positions, slots, cu_seqlens_q, block_tables, context_lens, output_rows, max_seqlen_q: 0 },
+            drawing: Drawing::new(backend, [temperature, top_k, top_p, random], draws, vocab_size, banned_token_ids)?,
+            host: Host::default(),
+            limits,
+        })
+    }
+
+    /// Uploads the step; returns what it gives.
+    ///
+    /// Where the tensors of a decode step lie depends on its number of sequences, on the width of its block tables, and on whether
+    /// there are draws: on what a graph of it is known by.
+    pub(crate) fn fill(&mut self, backend: &B, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<Output>> {
+        let blocks = step.iter().map(|part| sequences[part.sequence].block_table.blocks().len()).max().unwrap_or(0);
+        let width = blocks.next_power_of_two().clamp(MIN_TABLE_BLOCKS.min(self.limits.blocks), self.limits.blocks);
+        let host = &mut self.host;
+        host.clear();
+        host.cu_seqlens_q.push(0);
+        let mut outputs = Vec::with_capacity(step.len());
+        for (i, part) in step.iter().enumerate() {
+            let sequence = &sequences[part.sequence];
+            let start = sequence.num_computed;
+            let (range, real) = (start..start + part.num_tokens, start..start + part.num_tokens - part.num_drafts);
+            let known = sequence.token_ids[real.clone()].iter().chain(&sequence.draft[..part.num_drafts]);
+            host.token_ids.extend(known.map(|id| *id as i32));
+            host.positions.extend(range.clone().map(|p| p as i32));
+            host.slots.extend(range.clone().map(|p| sequence.block_table.slot(p, self.limits.block_size)));
+            host.cu_seqlens_q.push(host.token_ids.len() as i32);
+            host.context_lens.push(range.end as i32);
+            host.block_tables.extend(sequence.block_table.blocks().iter().map(|b| *b as i32));
+            host.block_tables.resize((i + 1) * width, 0);
+            if real.end == sequence.token_ids.len() {
+                let (end, rows) = (host.token_ids.len(), 1 + part.num_drafts);
+                host.output_rows.extend((end - rows..end).map(|row| row as i32));
+                let draw = if B::SAMPLES { sequence.sampler.plain_draw() } else { None };
+                outputs.push(Output { part: i, rows, draw });
+            }
+        }
+        self.drawing.clear();
+        if outputs.iter().any(|output| output.draw.is_some()) {
+            for Output { part, rows, draw } in &outputs {
+                // A row whose logits go to the host has to have something here too.
+                let random = sequences[step[*part].sequence].sampler.random_bits().take(*rows);
+                random.for_each(|random| self.drawing.push(draw.map_or(DrawRow::GREEDY, |draw| DrawRow { draw, random })));
+            }
+        }
+        self.step.max_seqlen_q = step.iter().map(|part| part.num_tokens).max().unwrap_or(0);
+        self.upload(backend, width)?;
+        Ok(outputs)
+    }
+
+    fn upload(&mut self, backend: &B, width: usize) -> Result<()> {
+        let Self { step, drawing, host, .. } = self;
+        let [temperature, top_k, top_p, random] = drawing.uploads();
+        let column = |values, tensor| Upload { values: Values::I32(values), cols: 1, tensor };
+        backend.upload_packed(&mut [
+            column(&host.token_ids, &mut step.token_ids),
+            column(&host.positions, &mut step.positions),
+            column(&host.slots, &mut step.slots),
+            column(&host.cu_seqlens_q, &mut step.cu_seqlens_q),
+            column(&host.context_lens, &mut step.context_lens),
+            column(&host.output_rows, &mut step.output_rows),
+            Upload { values: Values::I32(&host.block_tables), cols: width, tensor: &mut step.block_tables },
+            temperature,
+            top_k,
+            top_p,
+            random,
+        ])
+    }
+}
