@@ -71,8 +71,11 @@ impl<B: Backend> Upload<'_, B> {
 /// A copy to the host that is on its way. Whoever drops it does not get the elements, and nothing else happens.
 pub struct Download<T> {
     len: usize,
-    arrive: Box<dyn FnOnce(&mut [T]) -> Result<()> + Send>,
+    arrive: Arrive<T>,
 }
+
+/// Waits for elements and hands them out.
+type Arrive<T> = Box<dyn FnOnce(&mut [T]) -> Result<()> + Send>;
 
 impl<T: Element> Download<T> {
     /// `arrive` waits until the copy of `len` elements has ended and hands them out. For backends.

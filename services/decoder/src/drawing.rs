@@ -87,6 +87,12 @@ impl<B: Backend> Drawing<B> {
         backend.sample(logits, &Draws { temperature, top_k, top_p, random, banned }, out)
     }
 
+    /// `[outputs, 1]` i32: what the last [`run`](Self::run) chose, and behind that anything.
+    pub(crate) fn all_tokens(&mut self) -> Result<&Tensor<B>> {
+        self.out.set_rows(self.out.capacity())?;
+        Ok(&self.out)
+    }
+
     /// Begins to bring what the last [`run`](Self::run) chose to the host.
     pub(crate) fn download(&mut self, backend: &B) -> Result<Download<i32>> {
         self.out.set_rows(self.rows.top_k.len())?;

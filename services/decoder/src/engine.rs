@@ -1,13 +1,15 @@
-//! The engine: one thread that owns the device and runs schedule → run → postprocess until there is nothing left to do.
+//! The engine: one thread that owns the device and runs schedule → launch → finish until there is nothing left to do. On a device
+//! that chooses tokens itself, the step behind one that is in flight is launched before that one is finished, where
+//! [`schedule_ahead`](Scheduler::schedule_ahead) allows it: the device does not wait for the host.
 
 use crate::{
     block_manager::BlockManager,
     config::Config,
     metrics::{EngineMetrics, Levels},
-    model_runner::{self, ModelRunner, Next},
+    model_runner::{self, Launched, ModelRunner, Next},
     sampler::{Scratch, logprobs},
-    scheduler::{Scheduled, Scheduler},
-    sequence::{Event, Logprobs, Request, Sequence},
+    scheduler::{Ahead, Scheduled, Scheduler},
+    sequence::{Event, Logprobs, Rank, Request, Sequence},
 };
 use idefics_common::{checkpoint::ModelConfig, engine_thread};
 use idefics_kernels::{Backend, Error, Result, weights::Weights};
@@ -54,6 +56,8 @@ pub struct EngineStats {
     pub num_accepted_tokens: AtomicUsize,
     /// How often a sequence had to give its blocks back and start over.
     pub num_preemptions: AtomicUsize,
+    /// Steps that were queued on the device before the host had seen the tokens of the step before.
+    pub num_steps_ahead: AtomicUsize,
 }
 
 /// What the engine's thread is told.
@@ -90,7 +94,8 @@ impl Engine {
 
     /// Queues a request, whose prompt and answer must fit into [`max_model_tokens`](Self::max_model_tokens); the events of all
     /// its choices come out of the receiver, at most `max_new_tokens + 1` for each behind the prompt's log-probabilities.
-    /// Dropping the receiver cancels them within one step. If the engine has ended, the receiver is closed.
+    /// Dropping the receiver cancels them within one step, or two where one is queued ahead. If the engine has ended, the receiver
+    /// is closed.
     pub fn submit(&self, request: &Request, span: &Span) -> mpsc::UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
         self.stats.num_sequences.fetch_add(request.n, Ordering::Relaxed);
@@ -98,8 +103,8 @@ impl Engine {
         receiver
     }
 
-    /// Ends one choice of a request within one step; it is reported as [`Cancelled`](crate::sequence::FinishReason::Cancelled).
-    /// Unknown ones, and those that have ended, are ignored.
+    /// Ends one choice of a request within one step, or two where one is queued ahead; it is reported as
+    /// [`Cancelled`](crate::sequence::FinishReason::Cancelled). Unknown ones, and those that have ended, are ignored.
     pub fn cancel_choice(&self, request_id: String, choice: usize) {
         drop(self.commands.send(Command::CancelChoice { request_id, choice }));
     }
@@ -134,6 +139,27 @@ impl Engine {
     }
 }
 
+/// A step that is queued on the device.
+struct InFlight {
+    /// Its parts, in order, and whose each is: a sequence may have another place by the time the step has ended, or none.
+    parts: Vec<(Rank, Scheduled)>,
+    launched: Launched,
+    launched_at: Instant,
+}
+
+impl InFlight {
+    /// Names the sequences of a step.
+    fn parts(step: Vec<Scheduled>, running: &[Sequence]) -> Vec<(Rank, Scheduled)> {
+        step.into_iter().map(|part| (running[part.sequence].rank(), part)).collect()
+    }
+}
+
+/// A step that failed, with the sequences that had a part in it.
+struct Failed {
+    ranks: Vec<Rank>,
+    error: Error,
+}
+
 struct Worker<B: Backend> {
     scheduler: Scheduler,
     /// Sequences that the scheduler had when `stats` was last told.
@@ -143,6 +169,8 @@ struct Worker<B: Backend> {
     banned_token_ids: Vec<u32>,
     vocab_size: usize,
     scratch: Scratch,
+    /// When the last step ended.
+    finished_at: Instant,
     stats: Arc<EngineStats>,
     metrics: EngineMetrics,
 }
@@ -168,12 +196,14 @@ impl<B: Backend> Worker<B> {
             banned_token_ids,
             vocab_size: model.text_config.vocab_size,
             scratch: Scratch::default(),
+            finished_at: Instant::now(),
             metrics: EngineMetrics::new(),
             stats,
         })
     }
 
     fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
+        let mut ahead: Option<InFlight> = None;
         loop {
             if self.scheduler.is_empty() {
                 match commands.blocking_recv() {
@@ -184,17 +214,65 @@ impl<B: Backend> Worker<B> {
             while let Ok(command) = commands.try_recv() {
                 self.obey(command);
             }
-            let step = self.scheduler.schedule();
-            if !step.is_empty()
-                && let Err(error) = self.step(&step)
-            {
-                tracing::error!(%error, "decoder step failed");
-                self.fail(&step, &error.to_string());
-                if matches!(error, Error::Device(_)) {
-                    return self.metrics.ended();
+            match self.step(ahead.take()) {
+                Ok(next) => ahead = next,
+                Err(Failed { ranks, error }) => {
+                    tracing::error!(%error, "decoder step failed");
+                    self.fail(&ranks, &error.to_string());
+                    if matches!(error, Error::Device(_)) {
+                        return self.metrics.ended();
+                    }
                 }
             }
             self.publish();
+        }
+    }
+
+    /// Finishes the step that is in flight, or the next one. Returns the one behind it, if that is in flight by then.
+    fn step(&mut self, ahead: Option<InFlight>) -> Result<Option<InFlight>, Failed> {
+        // Nobody waits for tokens of sequences that have all ended.
+        let wanted = ahead.filter(|ahead| ahead.parts.iter().any(|(rank, _)| self.scheduler.position(*rank).is_some()));
+        let current = match wanted {
+            Some(ahead) => ahead,
+            None => match self.scheduler.schedule() {
+                step if step.is_empty() => return Ok(None),
+                step => self.launch(step)?,
+            },
+        };
+        let next = if B::SAMPLES { self.look_ahead(&current) } else { Ok(None) };
+        self.finish(current)?;
+        next
+    }
+
+    fn launch(&mut self, step: Vec<Scheduled>) -> Result<InFlight, Failed> {
+        let launched_at = Instant::now();
+        let running = self.scheduler.running();
+        step.iter().for_each(|part| running[part.sequence].mark_started());
+        let launched = self.runner.launch(&step, running);
+        let parts = InFlight::parts(step, running);
+        match launched {
+            Ok(launched) => Ok(InFlight { parts, launched, launched_at }),
+            Err(error) => Err(Failed { ranks: ranks(&parts), error }),
+        }
+    }
+
+    /// Launches the step behind `current`, if it is certain what that is.
+    fn look_ahead(&mut self, current: &InFlight) -> Result<Option<InFlight>, Failed> {
+        let launched_at = Instant::now();
+        if !current.launched.is_plain(current.parts.len()) {
+            return Ok(None);
+        }
+        let Some(Ahead { step, sources }) = self.scheduler.schedule_ahead(&ranks(&current.parts)) else { return Ok(None) };
+        let running = self.scheduler.running();
+        let launched = self.runner.launch_ahead(&step, running, &sources);
+        let parts = InFlight::parts(step, running);
+        match launched {
+            Ok(launched) => {
+                self.stats.num_steps_ahead.fetch_add(1, Ordering::Relaxed);
+                self.metrics.step_ahead();
+                Ok(Some(InFlight { parts, launched, launched_at }))
+            }
+            Err(error) => Err(Failed { ranks: ranks(&parts), error }),
         }
     }
 
@@ -221,17 +299,21 @@ impl<B: Backend> Worker<B> {
         self.metrics.set_levels(Levels { waiting: all - running, running, blocks_used: blocks - free, blocks, preemptions });
     }
 
-    fn step(&mut self, step: &[Scheduled]) -> Result<()> {
-        let started_at = Instant::now();
+    /// Waits for a step and gives its tokens out. Sequences that have ended since it was launched get nothing.
+    fn finish(&mut self, step: InFlight) -> Result<(), Failed> {
+        let InFlight { parts, launched, launched_at } = step;
+        let places: Vec<Option<usize>> = parts.iter().map(|(rank, _)| self.scheduler.position(*rank)).collect();
         let running = self.scheduler.running();
-        step.iter().for_each(|part| running[part.sequence].mark_started());
         let mut prompt_logprobs: Vec<(usize, (u32, Logprobs))> = Vec::new();
-        let launched = self.runner.launch(step, running)?;
         let outputs = self.runner.finish(launched, &mut |part, position, logits| {
-            let i = step[part].sequence;
+            let Some(i) = places[part] else { return };
             let token_id = running[i].token_ids[position + 1];
             prompt_logprobs.push((i, (token_id, logprobs(logits, token_id, running[i].prompt_top()))));
-        })?;
+        });
+        let outputs = match outputs {
+            Ok(outputs) => outputs,
+            Err(error) => return Err(Failed { ranks: ranks(&parts), error }),
+        };
         let num_outputs = outputs.len();
         let (mut finished, mut failed) = (Vec::new(), Vec::new());
         for of_sequence in prompt_logprobs.chunk_by(|a, b| a.0 == b.0) {
@@ -243,7 +325,7 @@ impl<B: Backend> Worker<B> {
             }
         }
         for (part, next) in outputs {
-            let i = step[part].sequence;
+            let Some(i) = places[part] else { continue };
             let sequence = &mut running[i];
             if failed.contains(&sequence.number()) {
                 continue;
@@ -283,19 +365,22 @@ impl<B: Backend> Worker<B> {
             sequence.draft = draft;
         }
         // Before anything leaves: what the step computed can be shared, finished or not, unless it is not finite.
-        self.scheduler.commit(step, &failed);
+        let computed = parts.iter().zip(&places).filter_map(|((_, part), place)| place.map(|sequence| Scheduled { sequence, ..*part }));
+        self.scheduler.commit(&computed.collect::<Vec<_>>(), &failed);
         self.scheduler.remove(&finished);
         self.fail_requests(failed, "the model's logits are not finite");
-        let elapsed = started_at.elapsed();
-        self.metrics.step(step, elapsed);
-        tracing::trace!(sequences = step.len(), outputs = num_outputs, elapsed_ms = elapsed.as_secs_f64() * 1e3, "step");
+        // A step that was queued ahead begins when the one before ends.
+        let finished_at = Instant::now();
+        let elapsed = finished_at - launched_at.max(self.finished_at);
+        self.finished_at = finished_at;
+        self.metrics.step(parts.iter().map(|(_, part)| part), elapsed);
+        tracing::trace!(sequences = parts.len(), outputs = num_outputs, elapsed_ms = elapsed.as_secs_f64() * 1e3, "step");
         Ok(())
     }
 
-    /// Ends the requests of a step with an error.
-    fn fail(&mut self, step: &[Scheduled], error: &str) {
-        let running = self.scheduler.running();
-        let numbers = step.iter().map(|part| running[part.sequence].number()).collect();
+    /// Ends the requests of a step with an error, as far as they have not ended already.
+    fn fail(&mut self, ranks: &[Rank], error: &str) {
+        let numbers = ranks.iter().filter(|rank| self.scheduler.position(**rank).is_some()).map(|rank| rank.number).collect();
         self.fail_requests(numbers, error);
     }
 
@@ -310,4 +395,8 @@ impl<B: Backend> Worker<B> {
         }
         self.scheduler.remove_failed(&numbers);
     }
+}
+
+fn ranks(parts: &[(Rank, Scheduled)]) -> Vec<Rank> {
+    parts.iter().map(|(rank, _)| *rank).collect()
 }

@@ -7,7 +7,7 @@ use crate::{
     scheduler::Scheduled,
     sequence::Sequence,
 };
-use idefics_kernels::{Backend, DType, Result, Upload, Values};
+use idefics_kernels::{Backend, DType, Result, Tensor, Upload, Values};
 
 /// Fewest columns of a step's block tables. They have as many as the longest sequence has blocks, rounded up to a power of two: few
 /// widths, since graphs are recorded for each, and at most twice what is needed, since all of it goes over the bus.
@@ -42,6 +42,9 @@ pub(crate) struct Inputs<B: Backend> {
     pub(crate) step: StepInputs<B>,
     /// The sampler's.
     pub(crate) drawing: Drawing<B>,
+    /// `[sequences, 1]` i32: where each sequence's last token stands among those that the step before drew; empty if the host knows
+    /// it.
+    pub(crate) sources: Tensor<B>,
     host: Host,
     limits: Limits,
 }
@@ -56,12 +59,13 @@ struct Host {
     context_lens: Vec<i32>,
     output_rows: Vec<i32>,
     block_tables: Vec<i32>,
+    sources: Vec<i32>,
 }
 
 impl Host {
     fn clear(&mut self) {
-        let Self { token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables } = self;
-        for values in [token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables] {
+        let Self { token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables, sources } = self;
+        for values in [token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables, sources] {
             values.clear();
         }
     }
@@ -71,53 +75,80 @@ impl<B: Backend> Inputs<B> {
     /// Room for steps up to `limits`.
     pub(crate) fn new(backend: &B, limits: Limits, vocab_size: usize, banned_token_ids: &[u32]) -> Result<Self> {
         let Limits { tokens, sequences, outputs, blocks, .. } = limits;
-        let draws = if B::SAMPLES { outputs } else { 0 };
-        let [token_ids, positions, slots, cu_seqlens_q, context_lens, output_rows, block_tables, temperature, top_k, top_p, random] =
-            backend.alloc_packed([
-                (tokens, DType::I32),
-                (tokens, DType::I32),
-                (tokens, DType::I32),
-                (sequences + 1, DType::I32),
-                (sequences, DType::I32),
-                (outputs, DType::I32),
-                (sequences * blocks, DType::I32),
-                (draws, DType::F32),
-                (draws, DType::I32),
-                (draws, DType::F32),
-                (2 * draws, DType::I32),
-            ])?;
+        let (draws, sources) = if B::SAMPLES { (outputs, sequences) } else { (0, 0) };
+        let [
+            token_ids,
+            positions,
+            slots,
+            cu_seqlens_q,
+            context_lens,
+            output_rows,
+            block_tables,
+            temperature,
+            top_k,
+            top_p,
+            random,
+            sources,
+        ] = backend.alloc_packed([
+            (tokens, DType::I32),
+            (tokens, DType::I32),
+            (tokens, DType::I32),
+            (sequences + 1, DType::I32),
+            (sequences, DType::I32),
+            (outputs, DType::I32),
+            (sequences * blocks, DType::I32),
+            (draws, DType::F32),
+            (draws, DType::I32),
+            (draws, DType::F32),
+            (2 * draws, DType::I32),
+            (sources, DType::I32),
+        ])?;
         Ok(Self {
             step: StepInputs { token_ids, positions, slots, cu_seqlens_q, block_tables, context_lens, output_rows, max_seqlen_q: 0 },
             drawing: Drawing::new(backend, [temperature, top_k, top_p, random], draws, vocab_size, banned_token_ids)?,
+            sources,
             host: Host::default(),
             limits,
         })
     }
 
-    /// Uploads the step; returns what it gives.
+    /// Uploads the step. With `sources`, it is one token for each sequence, behind a step that is in flight and gives it: that step's
+    /// tokens, at these rows, are its input.
     ///
     /// Where the tensors of a decode step lie depends on its number of sequences, on the width of its block tables, and on whether
-    /// there are draws: on what a graph of it is known by.
-    pub(crate) fn fill(&mut self, backend: &B, step: &[Scheduled], sequences: &[Sequence]) -> Result<Vec<Output>> {
+    /// there are draws and sources: on what a graph of it is known by.
+    pub(crate) fn fill(
+        &mut self,
+        backend: &B,
+        step: &[Scheduled],
+        sequences: &[Sequence],
+        sources: Option<&[usize]>,
+    ) -> Result<Vec<Output>> {
+        let in_flight = usize::from(sources.is_some());
         let blocks = step.iter().map(|part| sequences[part.sequence].block_table.blocks().len()).max().unwrap_or(0);
         let width = blocks.next_power_of_two().clamp(MIN_TABLE_BLOCKS.min(self.limits.blocks), self.limits.blocks);
         let host = &mut self.host;
         host.clear();
         host.cu_seqlens_q.push(0);
+        host.sources.extend(sources.unwrap_or_default().iter().map(|row| *row as i32));
         let mut outputs = Vec::with_capacity(step.len());
         for (i, part) in step.iter().enumerate() {
             let sequence = &sequences[part.sequence];
-            let start = sequence.num_computed;
+            let start = if in_flight == 0 { sequence.num_computed } else { sequence.token_ids.len() };
             let (range, real) = (start..start + part.num_tokens, start..start + part.num_tokens - part.num_drafts);
-            let known = sequence.token_ids[real.clone()].iter().chain(&sequence.draft[..part.num_drafts]);
-            host.token_ids.extend(known.map(|id| *id as i32));
+            if in_flight == 0 {
+                let known = sequence.token_ids[real.clone()].iter().chain(&sequence.draft[..part.num_drafts]);
+                host.token_ids.extend(known.map(|id| *id as i32));
+            } else {
+                host.token_ids.push(0);
+            }
             host.positions.extend(range.clone().map(|p| p as i32));
             host.slots.extend(range.clone().map(|p| sequence.block_table.slot(p, self.limits.block_size)));
             host.cu_seqlens_q.push(host.token_ids.len() as i32);
             host.context_lens.push(range.end as i32);
             host.block_tables.extend(sequence.block_table.blocks().iter().map(|b| *b as i32));
             host.block_tables.resize((i + 1) * width, 0);
-            if real.end == sequence.token_ids.len() {
+            if real.end == sequence.token_ids.len() + in_flight {
                 let (end, rows) = (host.token_ids.len(), 1 + part.num_drafts);
                 host.output_rows.extend((end - rows..end).map(|row| row as i32));
                 let draw = if B::SAMPLES { sequence.sampler.plain_draw() } else { None };
@@ -127,8 +158,8 @@ impl<B: Backend> Inputs<B> {
         self.drawing.clear();
         if outputs.iter().any(|output| output.draw.is_some()) {
             for Output { part, rows, draw } in &outputs {
-                // A row whose logits go to the host has to have something here too.
-                let random = sequences[step[*part].sequence].sampler.random_bits().take(*rows);
+                // The token in flight takes the bits before. A row whose logits go to the host has to have something here too.
+                let random = sequences[step[*part].sequence].sampler.random_bits().skip(in_flight).take(*rows);
                 random.for_each(|random| self.drawing.push(draw.map_or(DrawRow::GREEDY, |draw| DrawRow { draw, random })));
             }
         }
@@ -138,7 +169,7 @@ impl<B: Backend> Inputs<B> {
     }
 
     fn upload(&mut self, backend: &B, width: usize) -> Result<()> {
-        let Self { step, drawing, host, .. } = self;
+        let Self { step, drawing, sources, host, .. } = self;
         let [temperature, top_k, top_p, random] = drawing.uploads();
         let column = |values, tensor| Upload { values: Values::I32(values), cols: 1, tensor };
         backend.upload_packed(&mut [
@@ -153,6 +184,12 @@ impl<B: Backend> Inputs<B> {
             top_k,
             top_p,
             random,
+            column(&host.sources, sources),
         ])
+    }
+
+    /// Takes the step's token ids from what the step before drew. An op: a backend may record and replay it.
+    pub(crate) fn take_drawn(&mut self, backend: &B) -> Result<()> {
+        backend.gather_rows(self.drawing.all_tokens()?, &self.sources, &mut self.step.token_ids)
     }
 }

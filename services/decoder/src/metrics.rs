@@ -16,6 +16,7 @@ pub(crate) struct EngineMetrics {
     generated_tokens: Counter,
     draft_tokens: Counter,
     accepted_tokens: Counter,
+    steps_ahead: Counter,
     prefill_step_seconds: Histogram,
     decode_step_seconds: Histogram,
     mixed_step_seconds: Histogram,
@@ -97,6 +98,7 @@ impl EngineMetrics {
         describe_counter!("idefics_decoder_generated_tokens_total", "Tokens generated");
         describe_counter!("idefics_decoder_draft_tokens_total", "Tokens guessed by prompt lookup");
         describe_counter!("idefics_decoder_accepted_draft_tokens_total", "Of these, the ones that were right");
+        describe_counter!("idefics_decoder_steps_ahead_total", "Steps queued on the device before the tokens of the step before were seen");
         describe_histogram!("idefics_decoder_step_seconds", "Time of a step by phase: prefill, decode, or mixed");
         describe_histogram!("idefics_decoder_step_sequences_size", "Sequences in a step");
         describe_histogram!("idefics_decoder_step_tokens_size", "Tokens in a step");
@@ -112,6 +114,7 @@ impl EngineMetrics {
             generated_tokens: counter!("idefics_decoder_generated_tokens_total"),
             draft_tokens: counter!("idefics_decoder_draft_tokens_total"),
             accepted_tokens: counter!("idefics_decoder_accepted_draft_tokens_total"),
+            steps_ahead: counter!("idefics_decoder_steps_ahead_total"),
             prefill_step_seconds: step_seconds("prefill"),
             decode_step_seconds: step_seconds("decode"),
             mixed_step_seconds: step_seconds("mixed"),
@@ -136,9 +139,9 @@ impl EngineMetrics {
         }
     }
 
-    /// Records a step that took `elapsed`.
-    pub(crate) fn step(&self, step: &[Scheduled], elapsed: Duration) {
-        let decodes = step.iter().filter(|part| part.num_tokens == 1 + part.num_drafts).count();
+    /// Records a step that took `elapsed`, from its launch or, if it was queued behind another, from that one's end.
+    pub(crate) fn step<'a>(&self, step: impl ExactSizeIterator<Item = &'a Scheduled> + Clone, elapsed: Duration) {
+        let decodes = step.clone().filter(|part| part.num_tokens == 1 + part.num_drafts).count();
         let histogram = match decodes {
             0 => &self.prefill_step_seconds,
             n if n == step.len() => &self.decode_step_seconds,
@@ -146,7 +149,12 @@ impl EngineMetrics {
         };
         histogram.record(elapsed);
         self.step_sequences.record(step.len() as f64);
-        self.step_tokens.record(step.iter().map(|part| part.num_tokens).sum::<usize>() as f64);
+        self.step_tokens.record(step.map(|part| part.num_tokens).sum::<usize>() as f64);
+    }
+
+    /// Records that a step was queued behind one whose tokens nobody has seen yet.
+    pub(crate) fn step_ahead(&self) {
+        self.steps_ahead.increment(1);
     }
 
     /// Records a request's first token.

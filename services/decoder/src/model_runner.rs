@@ -53,6 +53,15 @@ pub struct Launched {
     tokens: Option<Download<i32>>,
 }
 
+impl Launched {
+    /// Whether it gives one token for each of `parts` parts, chosen by the device, and nothing else: whether another step can be
+    /// queued behind it before the host has seen what it gives.
+    pub fn is_plain(&self, parts: usize) -> bool {
+        let plain = |output: &Output| output.rows == 1 && output.draw.is_some();
+        self.outputs.len() == parts && self.outputs.iter().all(plain) && self.prompt_places.is_empty()
+    }
+}
+
 /// Called with an index in the step, a position of that sequence's prompt and the logits `[vocab]` of the token behind it.
 pub type OnPromptLogits<'a> = &'a mut dyn FnMut(usize, usize, &[f32]);
 
@@ -167,11 +176,20 @@ impl<B: Backend> ModelRunner<B> {
     pub fn launch(&mut self, step: &[Scheduled], sequences: &[Sequence]) -> Result<Launched> {
         let has_images = self.prepare_images(step, sequences)?;
         let prompt_places = prompt_places(step, sequences);
-        self.queue(step, sequences, has_images).map(|launched| Launched { prompt_places, ..launched })
+        self.queue(step, sequences, None, has_images).map(|launched| Launched { prompt_places, ..launched })
     }
 
-    fn queue(&mut self, step: &[Scheduled], sequences: &[Sequence], has_images: bool) -> Result<Launched> {
-        let outputs = self.inputs.fill(&self.backend, step, sequences)?;
+    /// Queues a step of one token for each sequence behind one that is in flight and [plain](Launched::is_plain). The token that it
+    /// computes is the one that the other is about to give: that of the other's part `sources[i]` for part `i` of `step`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn launch_ahead(&mut self, step: &[Scheduled], sequences: &[Sequence], sources: &[usize]) -> Result<Launched> {
+        self.queue(step, sequences, Some(sources), false)
+    }
+
+    fn queue(&mut self, step: &[Scheduled], sequences: &[Sequence], sources: Option<&[usize]>, has_images: bool) -> Result<Launched> {
+        let outputs = self.inputs.fill(&self.backend, step, sequences, sources)?;
         let rows = outputs.iter().map(|output| output.rows).sum();
         let (all_drawn, any_drawn) = (outputs.iter().all(|output| output.draw.is_some()), self.inputs.drawing.num_rows() > 0);
         let Self { backend, model, kv, workspace, inputs, images, .. } = self;
@@ -183,7 +201,10 @@ impl<B: Backend> ModelRunner<B> {
         let decodes = images.is_none() && inputs.step.max_seqlen_q == 1 && outputs.len() == step.len();
         match (decodes, all_drawn) {
             (true, true) => {
-                backend.graphed(key("decode and draw"), &mut || {
+                backend.graphed(key(if sources.is_some() { "decode ahead" } else { "decode and draw" }), &mut || {
+                    if sources.is_some() {
+                        inputs.take_drawn(backend)?;
+                    }
                     model.forward(backend, &inputs.step, None, kv, workspace)?;
                     inputs.drawing.run(backend, workspace.logits())
                 })?;

@@ -1,10 +1,13 @@
 //! Decides which tokens the next step computes.
 
+mod ahead;
+
 use crate::{
-    block_manager::{BlockManager, BlockTable},
+    block_manager::{BlockHash, BlockManager, BlockTable},
     prompt_lookup,
-    sequence::{FinishReason, Sequence},
+    sequence::{FinishReason, Rank, Sequence},
 };
+pub use ahead::Ahead;
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
@@ -120,6 +123,11 @@ impl Scheduler {
         &mut self.running
     }
 
+    /// The index of a sequence among those that run; `None` if it does not, or not any more.
+    pub fn position(&self, rank: Rank) -> Option<usize> {
+        self.running.binary_search_by_key(&rank, Sequence::rank).ok()
+    }
+
     /// How many run.
     pub fn num_running(&self) -> usize {
         self.running.len()
@@ -138,8 +146,7 @@ impl Scheduler {
     /// The next step: every decoding sequence gets its token, what is left of the budget goes to prompts in order. Abandoned
     /// sequences are dropped first. Empty if there is nothing to do.
     pub fn schedule(&mut self) -> Vec<Scheduled> {
-        self.waiting.retain(|sequence| !sequence.is_abandoned());
-        self.retain(|sequence| !sequence.is_abandoned());
+        self.drop_abandoned();
         let decodes = self.running.iter().filter(|sequence| sequence.num_pending() == 1).count();
         let mut prefill_budget = self.max_num_batched_tokens.saturating_sub(decodes);
         let mut scheduled = Vec::with_capacity(self.max_num_seqs);
@@ -253,23 +260,27 @@ impl Scheduler {
     /// Lets the first waiting sequence run, as number `i`, if its prompt fits beside what runs already; it starts behind the
     /// prefix that is cached.
     fn admit(&mut self, i: usize) -> bool {
-        let Some(sequence) = self.waiting.front_mut() else { return false };
+        let Some(hashes) = self.fit_first() else { return false };
+        let Some(mut sequence) = self.waiting.pop_front() else { return false };
+        let shared = self.blocks.share(&hashes, &mut sequence.block_table);
+        let tokens = shared * self.blocks.block_size();
+        sequence.num_computed = tokens;
+        sequence.num_published = shared;
+        sequence.note_cached(tokens);
+        self.running.insert(i, sequence);
+        true
+    }
+
+    /// The hashes of the blocks that the first waiting sequence may find in the cache, if its prompt fits beside what runs.
+    fn fit_first(&mut self) -> Option<Vec<BlockHash>> {
+        let sequence = self.waiting.front_mut()?;
         let block_size = self.blocks.block_size();
         let cacheable = sequence.max_cached() / block_size;
         let hashes: Vec<_> = (0..cacheable).map(|index| sequence.block_hash(index, block_size)).collect();
         let (cached, cached_free) = self.blocks.lookup(&hashes);
         let needed = self.blocks.blocks_for(sequence.token_ids.len()) - cached;
         // One block more for each that runs, so that admission is not at once followed by preemption.
-        if needed + cached_free + self.running.len() > self.blocks.num_free() {
-            return false;
-        }
-        let Some(mut sequence) = self.waiting.pop_front() else { return false };
-        let shared = self.blocks.share(&hashes, &mut sequence.block_table);
-        sequence.num_computed = shared * block_size;
-        sequence.num_published = shared;
-        sequence.note_cached(shared * block_size);
-        self.running.insert(i, sequence);
-        true
+        (needed + cached_free + self.running.len() <= self.blocks.num_free()).then_some(hashes)
     }
 
     /// Gives running sequence `i` blocks for its next tokens, taking them from later arrivals where none are free. Says no if
@@ -298,6 +309,12 @@ impl Scheduler {
             self.num_preemptions += 1;
             self.enqueue(sequence);
         }
+    }
+
+    /// Takes out whose events nobody reads any more.
+    fn drop_abandoned(&mut self) {
+        self.waiting.retain(|sequence| !sequence.is_abandoned());
+        self.retain(|sequence| !sequence.is_abandoned());
     }
 
     /// Keeps the running sequences for which `keep` holds and frees the blocks of the others.

@@ -1,5 +1,6 @@
 //! Schedules without a model: who runs when, and that no block and no token is lost.
 
+mod ahead;
 mod choices;
 mod random;
 
@@ -47,6 +48,11 @@ fn own(first: u32, prompt: usize, max_new_tokens: usize) -> (Sequence, Unbounded
 
 /// Computes a step: who has no tokens pending gets the next one. Returns how many ended.
 fn run(scheduler: &mut Scheduler, step: &[Scheduled]) -> usize {
+    run_until(scheduler, step, || false)
+}
+
+/// The same, where `stops` says of each token whether it ends its sequence.
+fn run_until(scheduler: &mut Scheduler, step: &[Scheduled], mut stops: impl FnMut() -> bool) -> usize {
     let mut finished = Vec::new();
     for part in step {
         let sequence = &mut scheduler.running()[part.sequence];
@@ -57,8 +63,10 @@ fn run(scheduler: &mut Scheduler, step: &[Scheduled]) -> usize {
         let right = if sequence.token_ids.len().is_multiple_of(2) { part.num_drafts } else { 0 };
         let ends_at_last = sequence.num_pending() + part.num_drafts == part.num_tokens;
         for _ in 0..if ends_at_last { 1 + right } else { 0 } {
-            if sequence.push(7, None, &[]).is_some() {
+            let stop_token_ids: &[u32] = if stops() { &[7] } else { &[] };
+            if sequence.push(7, None, stop_token_ids).is_some() {
                 finished.push(part.sequence);
+                break;
             }
         }
     }

@@ -1,0 +1,195 @@
+//! The engine on a device that chooses tokens itself, where a step is queued before the tokens of the one before are seen: the same
+//! answers, and nothing is lost when something goes wrong in between.
+
+#[path = "common/card.rs"]
+mod card;
+mod common;
+
+#[path = "engine/cases.rs"]
+mod cases;
+
+use card::{Card, Fault};
+use cases::{GREEDY, collect, collect_choices, engine_on, large, requests, small, text};
+use idefics_decoder::{
+    Config, Engine,
+    block_manager::BlockHash,
+    sequence::{Event, FinishReason, Request, SamplingParams},
+};
+use idefics_kernels::cpu::{Cpu, CpuOptions};
+use std::sync::atomic::Ordering;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tracing::Span;
+
+fn backend() -> Card {
+    Card::new(None)
+}
+
+/// An answer of as many tokens as are asked for.
+fn endless(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
+    Request { sampling: SamplingParams { ignore_eos: true, ..GREEDY }, ..text(token_ids, max_new_tokens) }
+}
+
+fn steps_ahead(engine: &Engine) -> usize {
+    engine.stats().num_steps_ahead.load(Ordering::Relaxed)
+}
+
+/// Counts are published after the step that sent the last event.
+async fn all_blocks_free(engine: &Engine) {
+    let stats = engine.stats();
+    while stats.num_free_blocks.load(Ordering::Relaxed) != stats.num_blocks.load(Ordering::Relaxed) {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Tokens of each choice, and the errors.
+async fn until_closed(mut events: UnboundedReceiver<Event>, n: usize) -> (Vec<Vec<u32>>, Vec<String>) {
+    let (mut tokens, mut errors) = (vec![Vec::new(); n], Vec::new());
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Token { choice, token_id, .. } => tokens[choice].push(token_id),
+            Event::Failed(error) => errors.push(error),
+            _ => {}
+        }
+    }
+    (tokens, errors)
+}
+
+#[tokio::test]
+async fn answers_are_those_of_a_host_that_chooses() {
+    let (_folder, cpu) = engine_on(Cpu::new(CpuOptions::default()).unwrap(), large());
+    for sampling in
+        [GREEDY, SamplingParams { temperature: 1.0, top_p: 0.9, ..GREEDY }, SamplingParams { temperature: 0.8, top_k: 7, ..GREEDY }]
+    {
+        let (_folder, card) = engine_on(backend(), small());
+        let receivers: Vec<_> = requests(sampling.clone()).iter().map(|r| card.submit(r, &Span::none())).collect();
+        for (events, request) in receivers.into_iter().zip(requests(sampling)) {
+            assert_eq!(collect(events).await, collect(cpu.submit(&request, &Span::none())).await);
+        }
+        assert!(steps_ahead(&card) > 0);
+        all_blocks_free(&card).await;
+    }
+    assert_eq!(steps_ahead(&cpu), 0);
+}
+
+#[tokio::test]
+async fn steps_of_a_steady_batch_are_queued_ahead() {
+    let (_folder, engine) = engine_on(backend(), large());
+    let (answer, reason) = collect(engine.submit(&endless(vec![5, 6, 7], 200), &Span::none())).await;
+    assert_eq!((answer.len(), reason), (200, FinishReason::Length));
+    // All but the prompt's, and none behind the last.
+    assert_eq!(steps_ahead(&engine), 199);
+    // Four choices of unlike length: who ends does not keep the others from going on.
+    let before = steps_ahead(&engine);
+    let answers = collect_choices(engine.submit(&Request { n: 4, ..endless(vec![5, 6, 7], 50) }, &Span::none()), 4).await;
+    assert!(answers.iter().all(|(tokens, _)| *tokens == answer[..50]));
+    assert!(steps_ahead(&engine) - before >= 45, "{}", steps_ahead(&engine) - before);
+}
+
+#[tokio::test]
+async fn steps_whose_tokens_the_host_must_see_are_not() {
+    let lookup = Config { prompt_lookup_tokens: 3, ..large() };
+    let logprobs = SamplingParams { logprobs: Some(1), ..GREEDY };
+    let penalty = SamplingParams { presence_penalty: 0.5, ..GREEDY };
+    for (config, sampling) in [(lookup, GREEDY), (large(), logprobs), (large(), penalty)] {
+        let (_folder, engine) = engine_on(backend(), config);
+        let request = Request { sampling: SamplingParams { ignore_eos: true, ..sampling }, ..text(vec![5, 6, 7], 30) };
+        assert_eq!(collect(engine.submit(&request, &Span::none())).await.0.len(), 30);
+        assert_eq!(steps_ahead(&engine), 0, "{:?}", request.sampling);
+    }
+}
+
+/// A stop ends a sequence whose next token is in flight: it is given to nobody, and nobody reads what it left in the cache.
+#[tokio::test]
+async fn token_behind_a_stop_leaves_no_trace() {
+    let (_folder, engine) = engine_on(backend(), Config { block_size_tokens: 4, ..large() });
+    let prompt: Vec<u32> = (3..20).collect();
+    let root = |salt: u8| BlockHash::root(&[&[salt]]);
+    let (plain, _) = collect(engine.submit(&Request { cache_root: root(0), ..endless(prompt.clone(), 24) }, &Span::none())).await;
+    for (salt, stop_at) in (0..24).enumerate() {
+        let first_of_its_kind = plain[..stop_at].iter().all(|id| *id != plain[stop_at]);
+        if !first_of_its_kind {
+            continue;
+        }
+        let sampling = SamplingParams { stop_token_ids: vec![plain[stop_at]], ignore_eos: true, ..GREEDY };
+        let cache_root = root(1 + salt as u8);
+        let stopped = Request { sampling, cache_root, ..endless(prompt.clone(), 24) };
+        assert_eq!(collect(engine.submit(&stopped, &Span::none())).await, (plain[..=stop_at].to_vec(), FinishReason::Stop));
+        all_blocks_free(&engine).await;
+        // It goes on from what is in the cache, as if it had not been stopped.
+        let token_ids = [&prompt[..], &plain[..=stop_at]].concat();
+        let left = plain.len() - stop_at - 1;
+        if left > 0 {
+            let again = Request { cache_root, ..endless(token_ids, left) };
+            assert_eq!(collect(engine.submit(&again, &Span::none())).await.0, plain[stop_at + 1..], "stopped at {stop_at}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn lost_card_fails_every_request_once() {
+    for at in 1..8 {
+        let (_folder, engine) = engine_on(Card::new(Some(Fault::Lost(at))), large());
+        let all = [Request { n: 2, ..endless(vec![5, 6, 7], 40) }, endless(vec![8, 9], 40)];
+        let receivers: Vec<_> = all.iter().map(|r| (engine.submit(r, &Span::none()), r.n)).collect();
+        let mut errors = 0;
+        for (events, n) in receivers {
+            let (tokens, failed) = until_closed(events, n).await;
+            assert!(failed.len() <= 1 && tokens.iter().all(|tokens| tokens.len() < at), "{failed:?} at {at}: {tokens:?}");
+            errors += failed.len();
+        }
+        assert!(errors > 0, "at {at}");
+        engine.alive().wait_for(|alive| !alive).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn step_that_cannot_be_queued_fails_its_requests_once_and_the_engine_goes_on() {
+    for at in 1..8 {
+        let (_folder, engine) = engine_on(Card::new(Some(Fault::Refused(at))), large());
+        let (tokens, failed) = until_closed(engine.submit(&endless(vec![5, 6, 7], 40), &Span::none()), 1).await;
+        assert_eq!(failed, ["sample: refused"]);
+        assert_eq!(tokens[0].len(), at - 1, "the step before is not lost");
+        assert_eq!(collect(engine.submit(&endless(vec![5, 6, 7], 9), &Span::none())).await.0[..at - 1], tokens[0]);
+        all_blocks_free(&engine).await;
+    }
+}
+
+#[tokio::test]
+async fn request_without_finite_logits_fails_once_and_the_others_go_on() {
+    let (_folder, engine) = engine_on(backend(), large());
+    let (expected, _) = collect(engine.submit(&endless(vec![8, 9], 40), &Span::none())).await;
+    for at in 2..8 {
+        let (_folder, engine) = engine_on(Card::new(Some(Fault::NotFinite(at))), large());
+        let first = engine.submit(&endless(vec![5, 6, 7], 40), &Span::none());
+        let second = engine.submit(&endless(vec![8, 9], 40), &Span::none());
+        let ((tokens, failed), (others, others_failed)) = (until_closed(first, 1).await, until_closed(second, 1).await);
+        assert_eq!(failed.len(), 1, "at {at}");
+        assert!(tokens[0].len() < at && others_failed.is_empty() && others[0] == expected, "at {at}: {tokens:?}, {others:?}");
+        all_blocks_free(&engine).await;
+    }
+}
+
+#[tokio::test]
+async fn cancelled_choices_end_while_a_step_of_theirs_is_in_flight() {
+    let (_folder, engine) = engine_on(backend(), large());
+    let (whole, _) = collect(engine.submit(&text(vec![5; 20], 400), &Span::none())).await;
+    let mut events = engine.submit(&Request { n: 3, request_id: "a".into(), ..text(vec![5; 20], 400) }, &Span::none());
+    let mut tokens = vec![Vec::new(); 3];
+    let mut ends = Vec::new();
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Token { choice, token_id, .. } => {
+                tokens[choice].push(token_id);
+                if tokens[choice].len() == 10 + choice && choice > 0 {
+                    engine.cancel_choice("a".into(), choice);
+                }
+            }
+            Event::Finished { choice, reason, .. } => ends.push((choice, reason)),
+            other => panic!("{other:?}"),
+        }
+    }
+    ends.sort_by_key(|(choice, _)| *choice);
+    assert_eq!(ends, [(0, FinishReason::Length), (1, FinishReason::Cancelled), (2, FinishReason::Cancelled)]);
+    assert!(tokens.iter().all(|tokens| whole.starts_with(tokens)) && tokens[0] == whole);
+    all_blocks_free(&engine).await;
+}
