@@ -24,7 +24,7 @@ pub struct Scheduled {
     pub num_drafts: usize,
 }
 
-/// Sequences in order of arrival ([`Rank`](crate::sequence::Rank)): nobody overtakes, except that a request counts as having
+/// Sequences in order of arrival ([`Rank`]): nobody overtakes, except that a request counts as having
 /// come earlier for its priority, or later. That bounds how long others can overtake it, so nobody starves. A running sequence
 /// takes blocks as it grows; when none are left, the latest arrival gives its own back and starts over later from what is still
 /// cached, so the oldest always gets on.
