@@ -4,6 +4,8 @@ mod common;
 
 #[path = "engine/cases.rs"]
 mod cases;
+#[path = "common/requests.rs"]
+mod requests;
 
 use idefics_kernels::cpu::{Cpu, CpuOptions};
 

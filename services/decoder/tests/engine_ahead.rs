@@ -7,26 +7,24 @@ mod common;
 
 #[path = "engine/cases.rs"]
 mod cases;
+#[path = "common/requests.rs"]
+mod requests;
 
 use card::{Card, Fault};
-use cases::{GREEDY, collect, collect_choices, engine_on, large, requests, small, text};
+use cases::engine_on;
 use idefics_decoder::{
     Config, Engine,
     block_manager::BlockHash,
     sequence::{Event, FinishReason, Request, SamplingParams},
 };
 use idefics_kernels::cpu::{Cpu, CpuOptions};
+use requests::{GREEDY, collect, collect_choices, endless, large, requests, small, text};
 use std::sync::atomic::Ordering;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::Span;
 
 fn backend() -> Card {
     Card::new(None)
-}
-
-/// An answer of as many tokens as are asked for.
-fn endless(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
-    Request { sampling: SamplingParams { ignore_eos: true, ..GREEDY }, ..text(token_ids, max_new_tokens) }
 }
 
 fn steps_ahead(engine: &Engine) -> usize {
@@ -172,8 +170,8 @@ async fn request_without_finite_logits_fails_once_and_the_others_go_on() {
 #[tokio::test]
 async fn cancelled_choices_end_while_a_step_of_theirs_is_in_flight() {
     let (_folder, engine) = engine_on(backend(), large());
-    let (whole, _) = collect(engine.submit(&text(vec![5; 20], 400), &Span::none())).await;
-    let mut events = engine.submit(&Request { n: 3, request_id: "a".into(), ..text(vec![5; 20], 400) }, &Span::none());
+    let (whole, _) = collect(engine.submit(&endless(vec![5; 20], 400), &Span::none())).await;
+    let mut events = engine.submit(&Request { n: 3, request_id: "a".into(), ..endless(vec![5; 20], 400) }, &Span::none());
     let mut tokens = vec![Vec::new(); 3];
     let mut ends = Vec::new();
     while let Some(event) = events.recv().await {

@@ -27,7 +27,7 @@ use tonic_types::StatusExt;
 const FINGERPRINT: &str = "this model";
 
 fn client(config: Config, shutdown: &Shutdown) -> (TempDir, DecoderServiceClient<GrpcChannel>) {
-    let (folder, checkpoint) = checkpoint();
+    let (folder, checkpoint) = checkpoint(HIDDEN);
     let options = EngineOptions {
         weights: Weights::open(folder.path()).unwrap(),
         model: checkpoint.config.clone(),

@@ -15,23 +15,24 @@ pub(crate) const IMAGE: u32 = 40;
 const LAYERS: usize = 2;
 const INTERMEDIATE: usize = 96;
 
-/// A checkpoint with a text model only, which is all that a decoder reads. Sliding window 12, heads of 32, 2 queries per key.
-pub(crate) fn checkpoint() -> (TempDir, Checkpoint) {
+/// A checkpoint with a text model only, which is all that a decoder reads. Sliding window 12, heads of half of `hidden`, 2 queries per
+/// key.
+pub(crate) fn checkpoint(hidden: usize) -> (TempDir, Checkpoint) {
     let folder = tempfile::tempdir().unwrap();
     let mut shapes =
-        vec![("lm_head.weight".to_owned(), vec![VOCAB, HIDDEN]), ("model.text_model.embed_tokens.weight".into(), vec![VOCAB, HIDDEN])];
-    shapes.push(("model.text_model.norm.weight".into(), vec![HIDDEN]));
+        vec![("lm_head.weight".to_owned(), vec![VOCAB, hidden]), ("model.text_model.embed_tokens.weight".into(), vec![VOCAB, hidden])];
+    shapes.push(("model.text_model.norm.weight".into(), vec![hidden]));
     for i in 0..LAYERS {
         for (name, shape) in [
-            ("input_layernorm", vec![HIDDEN]),
-            ("post_attention_layernorm", vec![HIDDEN]),
-            ("self_attn.q_proj", vec![HIDDEN, HIDDEN]),
-            ("self_attn.k_proj", vec![HIDDEN / 2, HIDDEN]),
-            ("self_attn.v_proj", vec![HIDDEN / 2, HIDDEN]),
-            ("self_attn.o_proj", vec![HIDDEN, HIDDEN]),
-            ("mlp.gate_proj", vec![INTERMEDIATE, HIDDEN]),
-            ("mlp.up_proj", vec![INTERMEDIATE, HIDDEN]),
-            ("mlp.down_proj", vec![HIDDEN, INTERMEDIATE]),
+            ("input_layernorm", vec![hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![hidden, hidden]),
+            ("self_attn.k_proj", vec![hidden / 2, hidden]),
+            ("self_attn.v_proj", vec![hidden / 2, hidden]),
+            ("self_attn.o_proj", vec![hidden, hidden]),
+            ("mlp.gate_proj", vec![INTERMEDIATE, hidden]),
+            ("mlp.up_proj", vec![INTERMEDIATE, hidden]),
+            ("mlp.down_proj", vec![hidden, INTERMEDIATE]),
         ] {
             shapes.push((format!("model.text_model.layers.{i}.{name}.weight"), shape));
         }
@@ -56,8 +57,8 @@ pub(crate) fn checkpoint() -> (TempDir, Checkpoint) {
         json!({
             "model_type": "idefics2", "image_token_id": IMAGE,
             "vision_config": {"patch_size": 14, "image_size": 28},
-            "perceiver_config": {"resampler_n_latents": LATENTS, "hidden_size": HIDDEN},
-            "text_config": {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
+            "perceiver_config": {"resampler_n_latents": LATENTS, "hidden_size": hidden},
+            "text_config": {"vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
                 "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 12, "max_position_embeddings": 512}
         }),
     );

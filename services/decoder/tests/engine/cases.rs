@@ -4,6 +4,7 @@
 use crate::{
     backend,
     common::{HIDDEN, IMAGE, LATENTS, VOCAB, checkpoint},
+    requests::{GREEDY, collect, collect_choices, endless, engine_of, large, request, requests, small, text},
 };
 use idefics_decoder::{
     Config, Engine, EngineOptions,
@@ -22,67 +23,14 @@ use tempfile::TempDir;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::Span;
 
-pub(crate) const GREEDY: SamplingParams = SamplingParams::GREEDY;
-
 fn engine(config: Config) -> (TempDir, Engine) {
     engine_on(backend(), config)
 }
 
 pub(crate) fn engine_on(backend: impl Backend, config: Config) -> (TempDir, Engine) {
-    let (folder, checkpoint) = checkpoint();
-    let options = EngineOptions {
-        weights: Weights::open(folder.path()).unwrap(),
-        model: checkpoint.config.clone(),
-        config,
-        stop_token_ids: checkpoint.stop_token_ids(),
-        banned_token_ids: checkpoint.banned_token_ids(),
-        progress: Box::new(|_| {}),
-    };
-    (folder, Engine::start(backend, options).unwrap())
-}
-
-pub(crate) fn small() -> Config {
-    // 32 blocks of 4 tokens, 512 bytes each: so few that sequences have to give way.
-    Config { kv_cache_bytes: 1 << 16, max_num_seqs: 4, max_num_batched_tokens: 7, block_size_tokens: 4, ..Config::default() }
-}
-
-pub(crate) fn large() -> Config {
-    Config { kv_cache_bytes: 8 << 20, ..Config::default() }
-}
-
-pub(crate) fn text(token_ids: Vec<u32>, max_new_tokens: usize) -> Request {
-    let cache_root = BlockHash::root(&[]);
-    Request {
-        request_id: "test".into(),
-        token_ids,
-        image_spans: vec![],
-        n: 1,
-        max_new_tokens,
-        sampling: GREEDY,
-        prompt_logprobs: None,
-        priority: 0,
-        cache_root,
-    }
-}
-
-/// A prompt of random ids with an image in the middle of every other one.
-fn request(rng: &mut ChaCha8Rng, with_image: bool, sampling: SamplingParams) -> Request {
-    let length = rng.random_range(5..60);
-    let mut token_ids: Vec<u32> = (0..length).map(|_| rng.random_range(3..IMAGE)).collect();
-    let mut image_spans = Vec::new();
-    if with_image {
-        let values: Vec<u8> = (0..2 * LATENTS * HIDDEN).flat_map(|_| (rng.random::<f32>() - 0.5).to_le_bytes()).collect();
-        let image = Arc::new(ImageTokens::new(values.into(), DType::F32, 2 * LATENTS, HIDDEN).unwrap());
-        let key = ImageKey(rng.random());
-        for sub_image in 0..2 {
-            let start = token_ids.len() - rng.random_range(0..3);
-            token_ids.truncate(start);
-            token_ids.extend([IMAGE; LATENTS]);
-            image_spans.push(ImageSpan { positions: start..start + LATENTS, key, image: image.clone(), first_row: sub_image * LATENTS });
-            token_ids.extend([7, 8, 9]);
-        }
-    }
-    Request { image_spans, max_new_tokens: rng.random_range(1..20), sampling, ..text(token_ids, 1) }
+    let (folder, checkpoint) = checkpoint(HIDDEN);
+    let engine = engine_of(&folder, &checkpoint, backend, config);
+    (folder, engine)
 }
 
 /// Every option that looks at what was generated, and every cut.
@@ -101,30 +49,6 @@ fn everything(temperature: f32) -> SamplingParams {
         min_new_tokens: 12,
         ..GREEDY
     }
-}
-
-pub(crate) fn requests(sampling: SamplingParams) -> Vec<Request> {
-    let mut rng = ChaCha8Rng::seed_from_u64(5);
-    (0..12).map(|i| request(&mut rng, i % 2 == 0, SamplingParams { seed: i, ..sampling.clone() })).collect()
-}
-
-/// The answer of each choice.
-pub(crate) async fn collect_choices(mut events: UnboundedReceiver<Event>, n: usize) -> Vec<(Vec<u32>, FinishReason)> {
-    let mut tokens = vec![Vec::new(); n];
-    let mut reasons = vec![None; n];
-    while reasons.contains(&None) {
-        match events.recv().await.expect("every choice ends with an event") {
-            Event::PromptLogprobs { .. } => {}
-            Event::Token { choice, token_id, .. } => tokens[choice].push(token_id),
-            Event::Finished { choice, reason, .. } => assert_eq!(reasons[choice].replace(reason), None, "choice {choice} ended twice"),
-            Event::Failed(error) => panic!("{error}"),
-        }
-    }
-    tokens.into_iter().zip(reasons.into_iter().flatten()).collect()
-}
-
-pub(crate) async fn collect(events: UnboundedReceiver<Event>) -> (Vec<u32>, FinishReason) {
-    collect_choices(events, 1).await.remove(0)
 }
 
 async fn alone(requests: Vec<Request>) -> Vec<Vec<(Vec<u32>, FinishReason)>> {
@@ -204,7 +128,7 @@ async fn cached_tokens_are_those_of_earlier_requests() {
 #[tokio::test]
 async fn cancelled_choice_ends_while_the_others_go_on() {
     let (_folder, engine) = engine(large());
-    let mut events = engine.submit(&Request { n: 3, request_id: "a".into(), ..text(vec![5; 20], 400) }, &Span::none());
+    let mut events = engine.submit(&Request { n: 3, request_id: "a".into(), ..endless(vec![5; 20], 400) }, &Span::none());
     let Some(Event::Token { choice: 0, .. }) = events.recv().await else { panic!("choice 0 comes first") };
     engine.cancel_choice("a".into(), 1);
     let answers = collect_choices(events, 3).await;
@@ -232,7 +156,7 @@ async fn stop_ids_and_minimum_are_per_request() {
     let (held_back, _) = answer(SamplingParams { stop_token_ids, min_new_tokens: 3, ..GREEDY }).await;
     assert!(held_back.len() > 3 && !held_back[..3].contains(&plain[0]), "{held_back:?}");
     // A bias towards the checkpoint's own stop id ends the answer, unless it is to be ignored.
-    let eos = checkpoint().1.stop_token_ids()[0];
+    let eos = checkpoint(HIDDEN).1.stop_token_ids()[0];
     let biased = SamplingParams { logit_bias: vec![(eos, 100.0)], ..GREEDY };
     assert_eq!(answer(biased.clone()).await, (vec![eos], FinishReason::Stop));
     assert_eq!(answer(SamplingParams { ignore_eos: true, ..biased }).await, (vec![eos; 12], FinishReason::Length));
@@ -318,7 +242,7 @@ async fn second_turn_reuses_the_first_and_answers_the_same() {
 
 #[tokio::test]
 async fn context_beyond_the_cache_is_refused_at_start() {
-    let (folder, checkpoint) = checkpoint();
+    let (folder, checkpoint) = checkpoint(HIDDEN);
     let start = |config: Config| {
         let options = EngineOptions {
             weights: Weights::open(folder.path()).unwrap(),
