@@ -48,6 +48,43 @@ __device__ __forceinline__ void add(Shared& shared, u32 digit, u64 weight) {
   if (upper) atomicAdd(&shared.high[digit], upper);
 }
 
+// Finds the largest digit such that the weights of all digits from it upwards reach `wanted`, or 0 if they never do, and the sum of
+// those above it. For the first warp. A lane has eight digits in a row, the first lane the largest: one sum over the warp, and then
+// only the lane in whose digits the place lies walks them. Both halves of its digits come in four loads of 16 bytes.
+__device__ __forceinline__ void find_digit(u64 wanted, Shared& shared) {
+  constexpr int OWN = DIGITS / 32;
+  const int lane = threadIdx.x, first = DIGITS - OWN * (lane + 1);
+  union {
+    uint4 loaded[OWN / 4];
+    u32 values[OWN];
+  } low, high;
+  u64 own = 0;
+  CU_UNROLL
+  for (int i = 0; i < OWN / 4; i++) {
+    low.loaded[i] = ((const uint4*)&shared.low[first])[i];
+    high.loaded[i] = ((const uint4*)&shared.high[first])[i];
+  }
+  CU_UNROLL
+  for (int i = 0; i < OWN; i++) own += (u64)high.values[i] << 32 | low.values[i];
+  u64 upto = own;
+  CU_UNROLL
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const u64 above = __shfl_up_sync(0xffffffffu, upto, offset);
+    if (lane >= offset) upto += above;
+  }
+  u64 above = upto - own;
+  if (above >= wanted || (upto < wanted && lane < 31)) return;
+  int i = OWN - 1;
+  CU_UNROLL
+  for (; i > 0; i--) {
+    const u64 here = (u64)high.values[i] << 32 | low.values[i];
+    if (above + here >= wanted) break;
+    above += here;
+  }
+  shared.found[0] = (u64)(first + i);
+  shared.found[1] = above;
+}
+
 // The largest key such that the weights of all keys from it upwards reach `wanted`; 0 if they never do. visit(f) calls f(key,
 // weight) for this thread's share of the candidates.
 template <typename Visit>
@@ -63,17 +100,7 @@ __device__ __forceinline__ u32 select(u64 wanted, Shared& shared, Visit visit) {
       if (is_here && weight) add(shared, key >> shift & 255, weight);
     });
     __syncthreads();
-    if (threadIdx.x == 0) {
-      u64 above = 0;
-      int digit = DIGITS - 1;
-      for (; digit > 0; digit--) {
-        const u64 here = (u64)shared.high[digit] << 32 | shared.low[digit];
-        if (above + here >= wanted) break;
-        above += here;
-      }
-      shared.found[0] = (u64)digit;
-      shared.found[1] = above;
-    }
+    if (threadIdx.x < 32) find_digit(wanted, shared);
     __syncthreads();
     prefix |= (u32)shared.found[0] << shift;
     wanted -= min(wanted, shared.found[1]);

@@ -110,7 +110,10 @@ fn draws_are_those_of_the_kept_distribution() {
         let banned = [1, 5, (vocab - 1) as u32];
         let mut draws = Vec::new();
         for temperature in [0.3, 1.0, 2.0] {
-            for (top_k, top_p) in [(0, 1.0), (3, 1.0), (0, 0.7), (50, 0.9), (1, 1.0), (0, 1e-6), (100_000, 0.999)] {
+            // The last but one is more than are allowed.
+            for (top_k, top_p) in
+                [(0, 1.0), (3, 1.0), (0, 0.7), (50, 0.9), (1, 1.0), (0, 1e-6), (100_000, 0.999), (vocab as i32 - 1, 1.0), (2, 0.5)]
+            {
                 draws.push(Draw { temperature, top_k, top_p, random: rng.next() });
             }
         }
