@@ -5,14 +5,20 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 cargo build --release --locked -p idefics -p idefics-load -p idefics-engine-bench
-cuda_tests=$(cargo test --release --locked -p idefics-kernels --test cuda --no-run --message-format=json |
-    python3 -c 'import json, sys; print(*(m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable") and m["target"]["name"] == "cuda"))')
+# The program of a crate's tests.
+tests() {
+    cargo test --release --locked -p "$1" --test "$2" --no-run --message-format=json |
+        python3 -c 'import json, sys; print(*(m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable") and m["target"]["name"] == sys.argv[1]))' "$2"
+}
+cuda_tests=$(tests idefics-kernels cuda)
+engine_tests=$(tests idefics-decoder engine_cuda)
 
 mkdir -p target/gpu
 for binary in idefics idefics-load idefics-engine-bench; do
     strip -o "target/gpu/$binary" "target/release/$binary"
 done
 strip -o target/gpu/cuda-tests "$cuda_tests"
+strip -o target/gpu/cuda-engine-tests "$engine_tests"
 
 du -sh --apparent-size target/gpu/*
 tracked=$(git ls-files -z | du --files0-from=- -c --apparent-size -b | tail -1 | cut -f1)

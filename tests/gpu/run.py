@@ -82,8 +82,9 @@ class Bench:
 
 
 def ops(bench, log):
-    """Every op of the CUDA backend against f64."""
-    run_logged([bench.binary("cuda-tests"), "--ignored", "--test-threads", str(min(8, os.cpu_count()))], log, bench.left())
+    """Every op of the CUDA backend against f64, then the decoder's engine on it."""
+    for tests in ("cuda-tests", "cuda-engine-tests"):
+        run_logged([bench.binary(tests), "--ignored", "--test-threads", str(min(8, os.cpu_count()))], log, bench.left())
     return {"passed": True}
 
 
