@@ -457,7 +457,7 @@ inline Kernel make_kernel(void (*k)(P...)) {
   return {thunk(k), {sizeof(P)...}};
 }
 inline std::map<std::string, Kernel>& registry() {
-  static std::map<std::string, Kernel> r;
+  static auto& r = *new std::map<std::string, Kernel>;  // never destroyed: threads may outlive the main function
   return r;
 }
 struct Register {

@@ -55,13 +55,14 @@ struct Event {
   std::chrono::steady_clock::time_point time;
 };
 
+// What has a destructor is never destroyed: threads of the program may outlive its main function.
 int context_object;
 thread_local void* current_context = nullptr;
-Stream null_stream;
+Stream& null_stream = *new Stream;
 
 std::mutex objects_lock;
 int retained = 0;
-std::set<Stream*> streams;
+std::set<Stream*>& streams = *new std::set<Stream*>;
 // Of everything else that is made in the context: how many there are.
 std::atomic<int> modules{0}, events{0}, graphs{0}, graph_instances{0};
 
@@ -130,7 +131,7 @@ Result not_captured() {
 }
 
 std::mutex memory_lock;
-std::map<uintptr_t, size_t> allocations;
+std::map<uintptr_t, size_t>& allocations = *new std::map<uintptr_t, size_t>;
 size_t allocated_bytes = 0;
 constexpr size_t TOTAL_BYTES = 8ull << 30;
 
@@ -157,7 +158,7 @@ Result release(Pointer pointer) {
 }
 
 // Pinned memory of the host.
-std::map<uintptr_t, size_t> pinned;
+std::map<uintptr_t, size_t>& pinned = *new std::map<uintptr_t, size_t>;
 
 void check_within(const std::map<uintptr_t, size_t>& ranges, uintptr_t start, size_t bytes, const char* what) {
   std::lock_guard<std::mutex> guard(memory_lock);
