@@ -114,6 +114,7 @@ struct Fiber {
   const char* waiting;  // what it is blocked on, for deadlock reports
   std::vector<AsyncCopy> open;
   std::vector<std::vector<AsyncCopy>> groups;  // cp.async
+  std::vector<size_t> landed;                  // what it wrote since its last fence.proxy.async, in 16 bytes of shared memory
 };
 struct Rendezvous {
   unsigned arrived = 0, mask = 0;
@@ -141,6 +142,10 @@ struct Block {
   std::vector<char> dyn_buf;
   char* dyn = nullptr;
   size_t dyn_n = 0;
+  std::vector<unsigned> unfenced;  // for each 16 bytes: 1 + the thread whose copy is not known to the asynchronous proxy yet
+  std::map<uintptr_t, std::vector<unsigned>> sleepers;  // by the address that they wait for
+  std::shared_ptr<void> warpgroups;                     // products under way: wgmma.h
+  void (*at_exit)() = nullptr;                          // what must hold when a thread ends
   unsigned rng = 1;
   uint64_t switches = 0;
 };
@@ -227,6 +232,21 @@ inline void barrier(unsigned id, unsigned need, const char* what) {
   r.waiters.push_back(b.cur);
   block_on(what);
 }
+// bar.arrive: counts without waiting.
+inline void barrier_arrive(unsigned id, unsigned need) {
+  Block& b = *blk();
+  b.bar[id].count++;
+  barrier_check(b, b.bar[id], need);
+}
+// Waits for `wake` of an address.
+inline void sleep(uintptr_t address, const char* what) {
+  blk()->sleepers[address].push_back(blk()->cur);
+  block_on(what);
+}
+inline void wake(uintptr_t address) {
+  Block& b = *blk();
+  for (unsigned i : std::exchange(b.sleepers[address], {})) push_ready(b, i);
+}
 // Warp rendezvous: the last lane to arrive runs f(slots) for the whole mask, then releases the rest.
 template <class A, class F>
 inline void warp_op(unsigned mask, A& mine, const char* op, F&& f) {
@@ -283,6 +303,7 @@ inline void fiber_main() {
   me.done = true;
   b.live--;
   if (!me.open.empty() || !me.groups.empty()) die("thread exited with cp.async still in flight");
+  if (b.at_exit) b.at_exit();
   barrier_check(b, b.bar[0], b.live);
   unsigned next;
   if (pop_ready(b, next)) {
@@ -311,6 +332,10 @@ inline void run_block(Block& b, uint3 bidx, dim3 grid, dim3 block, size_t smem) 
   b.dyn = (char*)(((uintptr_t)b.dyn_buf.data() + 1023) & ~uintptr_t(1023));
   b.dyn_n = smem;
   if (options().poison) memset(b.dyn, 0xFF, smem);
+  b.unfenced.assign((smem + 15) / 16, 0);
+  b.sleepers.clear();
+  b.warpgroups.reset();
+  b.at_exit = nullptr;
   b.rng = options().seed * 2654435761u + bidx.x * 97 + bidx.y * 31 + bidx.z + 1;
   for (unsigned i = 0; i < n; i++) {
     Fiber& f = b.f[i];
@@ -326,6 +351,7 @@ inline void run_block(Block& b, uint3 bidx, dim3 grid, dim3 block, size_t smem) 
     f.waiting = nullptr;
     f.open.clear();
     f.groups.clear();
+    f.landed.clear();
     void** sp = (void**)(f.stack + STACK - 64);
     *--sp = nullptr;
     *--sp = (void*)&fiber_main;
@@ -336,6 +362,8 @@ inline void run_block(Block& b, uint3 bidx, dim3 grid, dim3 block, size_t smem) 
   unsigned first;
   pop_ready(b, first);
   switch_to(b, &b.main_sp, &b.main_fake, first);
+  for (auto& r : b.bar)
+    if (r.count) die("a barrier has arrivals that nobody waits for");
 }
 template <class F>
 inline uint64_t launch(dim3 grid, dim3 block, size_t smem, F&& body) {
