@@ -1,5 +1,6 @@
 // libcuda.so.1 of the emulation: every kernel and the driver that launches them, in one library.
 #include "../attention_varlen.cu"
+#include "../attention_varlen_sm90.cu"
 #include "../elementwise.cu"
 #include "../gemv.cu"
 #include "../norm.cu"

@@ -1,7 +1,10 @@
 //! Packed and paged attention against softmax in f64.
 
 use crate::{common::Rng, support::*};
-use idefics_kernels::{AttentionShape, Backend, DType, Error, GraphKey, KvCache, PagedAttention, Tensor, VarlenAttention, cuda::Cuda};
+use idefics_kernels::{
+    AttentionShape, Backend, DType, Error, GraphKey, KvCache, PagedAttention, Tensor, VarlenAttention,
+    cuda::{AttentionKernels, Cuda, CudaOptions},
+};
 
 /// An exact result, and the sum of the magnitudes of which it is made.
 #[derive(Clone, Copy)]
@@ -113,57 +116,70 @@ fn packed(cuda: &Cuda, shape: AttentionShape, lens: &[(usize, usize)]) {
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn packed_sequences_do_not_see_each_other() {
-    let cuda = open();
-    for head_dim in HEAD_DIMS {
-        packed(&cuda, heads(2, 2, head_dim), &[(1, 1), (37, 37), (2, 130), (70, 9)]);
+    for cuda in open_each() {
+        for head_dim in HEAD_DIMS {
+            packed(&cuda, heads(2, 2, head_dim), &[(1, 1), (37, 37), (2, 130), (70, 9)]);
+        }
     }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn tiles_of_queries_and_keys_end_anywhere() {
-    let cuda = open();
-    packed(&cuda, heads(1, 1, 72), &[(127, 63), (128, 64), (129, 65), (33, 31), (32, 32), (31, 33), (16, 200), (200, 16)]);
-    packed(&cuda, heads(1, 1, 128), &[(127, 47), (128, 48), (129, 49), (1, 96), (2, 97)]);
-    packed(&cuda, heads(6, 2, 64), &[(43, 129), (42, 128)]);
+    for cuda in open_each() {
+        packed(&cuda, heads(1, 1, 72), &[(127, 63), (128, 64), (129, 65), (33, 31), (32, 32), (31, 33), (16, 200), (200, 16)]);
+        packed(&cuda, heads(1, 1, 72), &[(191, 95), (192, 96), (193, 97), (64, 191), (65, 192), (1, 193)]);
+        packed(&cuda, heads(1, 1, 80), &[(193, 385), (7, 480), (3, 577)]);
+        // Many tiles for one block: every stage is filled several times.
+        packed(&cuda, heads(4, 4, 64), &[(5, 1250)]);
+        packed(&cuda, heads(4, 4, 128), &[(70, 1000)]);
+        packed(&cuda, heads(1, 1, 128), &[(127, 47), (128, 48), (129, 49), (1, 96), (2, 97)]);
+        packed(&cuda, heads(1, 1, 128), &[(127, 63), (128, 64), (129, 65), (64, 128), (1, 129), (2, 400)]);
+        packed(&cuda, heads(6, 2, 64), &[(43, 129), (42, 128)]);
+    }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn few_latents_of_grouped_heads_see_a_long_context() {
-    packed(&open(), heads(16, 4, 96), &[(64, 300), (64, 70)]);
+    for cuda in open_each() {
+        packed(&cuda, heads(16, 4, 96), &[(64, 300), (64, 70)]);
+    }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn few_tiles_share_a_long_context() {
-    let cuda = open();
-    // The emulation has 4 multiprocessors: up to 8 splits of one tile, 4 of two.
-    packed(&cuda, heads(1, 1, 72), &[(5, 2100)]);
-    packed(&cuda, heads(2, 1, 96), &[(9, 1300), (70, 255), (3, 0)]);
-    paged(&cuda, heads(4, 1, 128), 16, None, &[(1300, 9)]);
-    paged(&cuda, heads(4, 1, 64), 16, Some(700), &[(1000, 40), (3, 9)]);
+    for cuda in open_each() {
+        // The emulation has 4 multiprocessors: up to 8 splits of one tile, 4 of two.
+        packed(&cuda, heads(1, 1, 72), &[(5, 2100)]);
+        packed(&cuda, heads(2, 1, 96), &[(9, 1300), (70, 255), (3, 0)]);
+        paged(&cuda, heads(4, 1, 128), 16, None, &[(1300, 9)]);
+        paged(&cuda, heads(4, 1, 64), 16, Some(700), &[(1000, 40), (3, 9)]);
+    }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn rows_of_no_sequence_and_rows_without_keys_are_zeros() {
-    let cuda = open();
-    let lens = [(0, 0), (3, 4), (0, 7), (5, 0), (2, 2), (0, 0)];
-    Packed { shape: heads(2, 1, 64), lens: &lens, rest: (2, 3), size: 4.0 }.run(&cuda);
-    Packed { shape: heads(2, 1, 72), lens: &[], rest: (1, 4), size: 4.0 }.run(&cuda);
-    Packed { shape: heads(2, 1, 72), lens: &[(0, 3)], rest: (0, 0), size: 4.0 }.run(&cuda);
+    for cuda in open_each() {
+        let lens = [(0, 0), (3, 4), (0, 7), (5, 0), (2, 2), (0, 0)];
+        Packed { shape: heads(2, 1, 64), lens: &lens, rest: (2, 3), size: 4.0 }.run(&cuda);
+        Packed { shape: heads(2, 1, 72), lens: &[], rest: (1, 4), size: 4.0 }.run(&cuda);
+        Packed { shape: heads(2, 1, 72), lens: &[(0, 3)], rest: (0, 0), size: 4.0 }.run(&cuda);
+    }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn scores_beyond_the_range_of_exponentials_give_finite_results() {
-    let cuda = open();
-    for size in [100.0, 1e4] {
-        Packed { shape: heads(2, 1, 72), lens: &[(40, 150)], rest: (0, 0), size }.run(&cuda);
-        Packed { shape: heads(2, 1, 128), lens: &[(40, 150)], rest: (0, 0), size }.run(&cuda);
-        let spans = vec![(20, 30), (200, 1)];
-        Paged { shape: heads(2, 1, 128), block_size: 16, window: None, spans, size, seed: 9 }.run(&cuda);
+    for cuda in open_each() {
+        for size in [100.0, 1e4] {
+            Packed { shape: heads(2, 1, 72), lens: &[(40, 150)], rest: (0, 0), size }.run(&cuda);
+            Packed { shape: heads(2, 1, 128), lens: &[(40, 150)], rest: (0, 0), size }.run(&cuda);
+            let spans = vec![(20, 30), (200, 1)];
+            Paged { shape: heads(2, 1, 128), block_size: 16, window: None, spans, size, seed: 9 }.run(&cuda);
+        }
     }
 }
 
@@ -448,38 +464,54 @@ fn garbage(rng: &mut Rng, len: usize, limit: usize) -> Vec<i32> {
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn indices_that_make_no_sense_harm_no_other_memory() {
-    let (cuda, rng) = (open(), &mut Rng(11));
-    for case in 0..30 {
-        let shape = heads(1 + case % 3, 1, HEAD_DIMS[case % 5]);
-        let (sequences, rows, width, block_size, blocks) = (1 + rng.below(3), rng.below(40), rng.below(4), 1 + rng.below(7), rng.below(5));
-        let data = |rng: &mut Rng, rows: usize, cols: usize| tensor(&cuda, rows, cols, &units(rng, rows * cols));
-        let qkv = data(rng, rows, shape.q_size() + 2 * shape.kv_size());
-        let [k, v] = [0, 1].map(|_| data(rng, blocks * block_size, shape.kv_size()));
-        let kv = KvCache { k, v, block_size };
-        let starts = indices(&cuda, &garbage(rng, sequences + 1, rows));
-        let step = PagedAttention {
-            positions: &indices(&cuda, &garbage(rng, rows, width * block_size)),
-            cu_seqlens_q: &starts,
-            block_tables: &elements(&cuda, sequences, width, &garbage(rng, sequences * width, blocks)),
-            context_lens: &indices(&cuda, &garbage(rng, sequences, width * block_size)),
-            max_seqlen_q: rows,
-            sliding_window: (case % 2 == 0).then_some(7),
-            shape,
-        };
-        let mut out = poisoned(&cuda, rows, shape.q_size(), DType::Bf16);
-        cuda.paged_attention(&qkv, &kv, &step, &mut out).unwrap();
-        assert_untouched_around("paged_attention", &cuda, &mut out);
-        let attention = VarlenAttention {
-            q: qkv.columns(0),
-            k: kv.k.columns(0),
-            v: kv.v.columns(0),
-            cu_seqlens_q: &starts,
-            cu_seqlens_k: &indices(&cuda, &garbage(rng, sequences + 1, blocks * block_size)),
-            max_seqlen_q: rows,
-            max_seqlen_k: blocks * block_size,
-            shape,
-        };
-        cuda.attention_varlen(&attention, &mut out).unwrap();
-        assert_untouched_around("attention_varlen", &cuda, &mut out);
+    for cuda in open_each() {
+        let rng = &mut Rng(11);
+        for case in 0..30 {
+            let shape = heads(1 + case % 3, 1, HEAD_DIMS[case % 5]);
+            let (sequences, rows, width, block_size, blocks) =
+                (1 + rng.below(3), rng.below(40), rng.below(4), 1 + rng.below(7), rng.below(5));
+            let data = |rng: &mut Rng, rows: usize, cols: usize| tensor(&cuda, rows, cols, &units(rng, rows * cols));
+            let qkv = data(rng, rows, shape.q_size() + 2 * shape.kv_size());
+            let [k, v] = [0, 1].map(|_| data(rng, blocks * block_size, shape.kv_size()));
+            let kv = KvCache { k, v, block_size };
+            let starts = indices(&cuda, &garbage(rng, sequences + 1, rows));
+            let step = PagedAttention {
+                positions: &indices(&cuda, &garbage(rng, rows, width * block_size)),
+                cu_seqlens_q: &starts,
+                block_tables: &elements(&cuda, sequences, width, &garbage(rng, sequences * width, blocks)),
+                context_lens: &indices(&cuda, &garbage(rng, sequences, width * block_size)),
+                max_seqlen_q: rows,
+                sliding_window: (case % 2 == 0).then_some(7),
+                shape,
+            };
+            let mut out = poisoned(&cuda, rows, shape.q_size(), DType::Bf16);
+            cuda.paged_attention(&qkv, &kv, &step, &mut out).unwrap();
+            assert_untouched_around("paged_attention", &cuda, &mut out);
+            let attention = VarlenAttention {
+                q: qkv.columns(0),
+                k: kv.k.columns(0),
+                v: kv.v.columns(0),
+                cu_seqlens_q: &starts,
+                cu_seqlens_k: &indices(&cuda, &garbage(rng, sequences + 1, blocks * block_size)),
+                max_seqlen_q: rows,
+                max_seqlen_k: blocks * block_size,
+                shape,
+            };
+            cuda.attention_varlen(&attention, &mut out).unwrap();
+            assert_untouched_around("attention_varlen", &cuda, &mut out);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn attention_that_the_card_cannot_run_is_refused() {
+    let wgmma = CudaOptions { attention: AttentionKernels::Wgmma, ..CudaOptions::default() };
+    let (found, opened) = (open().compute_capability(), Cuda::open(&wgmma));
+    if found == (9, 0) {
+        opened.unwrap();
+    } else {
+        let message = opened.err().unwrap().to_string();
+        assert!(message.contains("needs compute capability 9.0") && message.contains("take auto or mma"), "{message}");
     }
 }

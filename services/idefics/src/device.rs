@@ -1,6 +1,6 @@
 //! Which processor computes: chosen by `--device`, opened once per engine.
 
-use crate::config::Config;
+use crate::config::{BackendConfig, Config};
 use anyhow::{Context, Result};
 use idefics_kernels::{
     cpu::{Cpu, CpuOptions},
@@ -81,7 +81,8 @@ impl Processor {
     /// If it cannot be used. `auto` takes the CPU instead and says why.
     pub(crate) fn open(config: &Config) -> Result<Self> {
         let cuda = |ordinal| {
-            let options = CudaOptions { ordinal, cache_folder: config.backend.kernel_cache.clone() };
+            let BackendConfig { kernel_cache, attention, .. } = &config.backend;
+            let options = CudaOptions { ordinal, cache_folder: kernel_cache.clone(), attention: *attention };
             Cuda::open(&options).map(|cuda| Self::Cuda { opened: Some(Box::new(cuda)), options })
         };
         match config.backend.device {

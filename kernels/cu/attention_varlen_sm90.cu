@@ -1,0 +1,85 @@
+// Bidirectional attention over packed sequences for compute capability 9.0: attention_varlen.cu with the products of warpgroups.
+// FlashAttention-3 (Shah et al. 2024): see flash_sm90.cuh.
+#include "common.cuh"
+#include "flash.cuh"
+#include "flash_sm90.cuh"
+
+// Arguments, blocks and work are those of attention_varlen.cu, with tiles of flash::sm90::Head<D>::ROWS entries.
+namespace varlen_sm90 {
+
+// Keys and values in consecutive rows.
+template <int D>
+struct PackedKeys {
+  using Copier = flash::sm90::Copier<D>;
+  const unsigned char *k, *v;        // this thread's first piece in row 0
+  unsigned k_stride, v_stride, len;  // strides in bytes
+  Copier copier;
+
+  __device__ __forceinline__ PackedKeys(const bf16* __restrict__ k, const bf16* __restrict__ v, int k_stride, int v_stride, int len)
+      : k(reinterpret_cast<const unsigned char*>(k + Copier::quarter() * 8)),
+        v(reinterpret_cast<const unsigned char*>(v + Copier::quarter() * 8)),
+        k_stride(2u * k_stride),
+        v_stride(2u * v_stride),
+        len(len) {}
+  __device__ __forceinline__ void copy(int tile, ptx::smem_t stage) {
+    const unsigned key = tile * flash::sm90::Head<D>::KEYS + Copier::row();
+    const bool valid = key < len;
+    const size_t from = valid ? key : 0;
+    copier.copy(stage, reinterpret_cast<const bf16*>(k + from * k_stride), reinterpret_cast<const bf16*>(v + from * v_stride),
+                valid);
+  }
+};
+
+template <int D>
+__device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
+                                          bf16* __restrict__ out, const int* __restrict__ cu_seqlens_q,
+                                          const int* __restrict__ cu_seqlens_k, const flash::Meeting& meeting, int rows_q,
+                                          int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {
+  using H = flash::sm90::Head<D>;
+  CU_SHARED(flash::sm90::Header, header);
+  const int sequence = blockIdx.z, head = blockIdx.y, out_stride = gridDim.y * group * D;
+  if (sequence + 1 == (int)gridDim.z) {
+    flash::zero_rest(out, cu_seqlens_q, sequence, rows_q, out_stride);
+    return;
+  }
+  const int tile = blockIdx.x / meeting.count, split = blockIdx.x % meeting.count;
+  const flash::Span queries = flash::span(cu_seqlens_q, sequence, rows_q), keys = flash::span(cu_seqlens_k, sequence, rows_k);
+  const flash::Entries entries{tile * H::ROWS, queries.len * group, group};
+  flash::Visible visible{0, keys.len, 0, keys.len};
+  const int splits = visible.take_share(H::KEYS, flash::MIN_TILES, split, meeting.count);
+  if (entries.first >= entries.count || split >= splits) return;
+
+  const int index = (sequence * gridDim.y + head) * (gridDim.x / meeting.count) + tile;
+  header->tile = {queries.start, entries.first, entries.count, index, split, splits};
+  const size_t columns = (size_t)head * group * D;
+  flash::sm90::Accumulator<D> result;
+  if (keys.len > 0) {
+    flash::sm90::load_queries<D>(flash::sm90::queries_at<D>(*header), q + (size_t)queries.start * q_stride + columns, q_stride,
+                                 entries);
+    PackedKeys<D> source(k + (size_t)keys.start * k_stride + (size_t)head * D, v + (size_t)keys.start * v_stride + (size_t)head * D,
+                         k_stride, v_stride, keys.len);
+    const auto sees = [&](int) { return make_int2(0, keys.len); };
+    flash::sm90::attend(result, *header, source, visible, sees, scale);
+  }
+  if (!flash::sm90::join(result, meeting, header->tile)) return;
+  const flash::Tile& end = header->tile;
+  result.store(out + (size_t)end.row * out_stride + columns, out_stride, {end.first, end.count, group});
+}
+
+}  // namespace varlen_sm90
+
+#define ATTENTION_VARLEN_SM90(D)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(flash::sm90::Head<D>::THREADS, 1) attention_varlen_sm90_##D(                    \
+      const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ out,              \
+      const int* __restrict__ cu_seqlens_q, const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int splits,   \
+      int rows_q, int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {                              \
+    varlen_sm90::attention<D>(q, k, v, out, cu_seqlens_q, cu_seqlens_k, {partials, arrived, splits}, rows_q, rows_k, q_stride, \
+                              k_stride, v_stride, group, scale);                                                               \
+  }                                                                                                                            \
+  CU_EXPORT(attention_varlen_sm90_##D)
+
+ATTENTION_VARLEN_SM90(64)
+ATTENTION_VARLEN_SM90(72)
+ATTENTION_VARLEN_SM90(80)
+ATTENTION_VARLEN_SM90(96)
+ATTENTION_VARLEN_SM90(128)
