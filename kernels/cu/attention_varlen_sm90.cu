@@ -4,8 +4,12 @@
 #include "flash.cuh"
 #include "flash_sm90.cuh"
 
-// Arguments, blocks and work are those of attention_varlen.cu, with tiles of flash::sm90::Head<D>::ROWS entries.
+// Tensors and work are those of attention_varlen.cu, for `heads` key heads. Blocks: for each tile of entries that there may be,
+// `wave` more for what is split (flash::sm90::find_work), and ZEROING_BLOCKS; those without work leave at once.
 namespace varlen_sm90 {
+
+// The last blocks set rows of no sequence to zero. Few: as a rule there are none, or the last of a batch.
+constexpr int ZEROING_BLOCKS = 8;
 
 // Keys and values in consecutive rows.
 template <int D>
@@ -33,49 +37,53 @@ struct PackedKeys {
 template <int D>
 __device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
                                           bf16* __restrict__ out, const int* __restrict__ cu_seqlens_q,
-                                          const int* __restrict__ cu_seqlens_k, const flash::Meeting& meeting, int rows_q,
-                                          int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {
+                                          const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int wave,
+                                          int sequences, int rows_q, int rows_k, int heads, int q_stride, int k_stride,
+                                          int v_stride, int group, float scale) {
   using H = flash::sm90::Head<D>;
   CU_SHARED(flash::sm90::Header, header);
-  const int sequence = blockIdx.z, head = blockIdx.y, out_stride = gridDim.y * group * D;
-  if (sequence + 1 == (int)gridDim.z) {
-    flash::zero_rest(out, cu_seqlens_q, sequence, rows_q, out_stride);
+  const int out_stride = heads * group * D, zeroing = blockIdx.x - (gridDim.x - ZEROING_BLOCKS);
+  if (zeroing >= 0) {
+    flash::zero_rest(out, cu_seqlens_q, sequences, rows_q, out_stride, zeroing, ZEROING_BLOCKS);
     return;
   }
-  const int tile = blockIdx.x / meeting.count, split = blockIdx.x % meeting.count;
-  const flash::Span queries = flash::span(cu_seqlens_q, sequence, rows_q), keys = flash::span(cu_seqlens_k, sequence, rows_k);
-  const flash::Entries entries{tile * H::ROWS, queries.len * group, group};
+  const auto tiles = [&](int i) { return (flash::span(cu_seqlens_q, i, rows_q).len * group + H::ROWS - 1) / H::ROWS; };
+  const flash::sm90::Work work = flash::sm90::find_work(tiles, sequences, heads, blockIdx.x, wave);
+  if (work.sequence < 0) return;
+  const flash::Span queries = flash::span(cu_seqlens_q, work.sequence, rows_q);
+  const flash::Span keys = flash::span(cu_seqlens_k, work.sequence, rows_k);
+  const flash::Entries entries{work.tile * H::ROWS, queries.len * group, group};
   flash::Visible visible{0, keys.len, 0, keys.len};
-  const int splits = visible.take_share(H::KEYS, flash::MIN_TILES, split, meeting.count);
-  if (entries.first >= entries.count || split >= splits) return;
+  const int splits = visible.take_share(H::KEYS, flash::MIN_TILES, work.split, work.splits);
+  if (work.split >= splits) return;
 
-  const int index = (sequence * gridDim.y + head) * (gridDim.x / meeting.count) + tile;
-  header->tile = {queries.start, entries.first, entries.count, index, split, splits};
-  const size_t columns = (size_t)head * group * D;
+  header->tile = {queries.start, entries.first, entries.count, work.slot, work.split, splits};
+  header->head = work.head;
   flash::sm90::Accumulator<D> result;
   if (keys.len > 0) {
-    flash::sm90::load_queries<D>(flash::sm90::queries_at<D>(*header), q + (size_t)queries.start * q_stride + columns, q_stride,
-                                 entries);
-    PackedKeys<D> source(k + (size_t)keys.start * k_stride + (size_t)head * D, v + (size_t)keys.start * v_stride + (size_t)head * D,
-                         k_stride, v_stride, keys.len);
+    flash::sm90::load_queries<D>(flash::sm90::queries_at<D>(*header),
+                                 q + (size_t)queries.start * q_stride + (size_t)work.head * group * D, q_stride, entries);
+    const size_t column = (size_t)work.head * D;
+    PackedKeys<D> source(k + (size_t)keys.start * k_stride + column, v + (size_t)keys.start * v_stride + column, k_stride, v_stride,
+                         keys.len);
     const auto sees = [&](int) { return make_int2(0, keys.len); };
     flash::sm90::attend(result, *header, source, visible, sees, scale);
   }
-  if (!flash::sm90::join(result, meeting, header->tile)) return;
+  if (!flash::sm90::join(result, partials, arrived, header->tile)) return;
   const flash::Tile& end = header->tile;
-  result.store(out + (size_t)end.row * out_stride + columns, out_stride, {end.first, end.count, group});
+  result.store(out + (size_t)end.row * out_stride + (size_t)header->head * group * D, out_stride, {end.first, end.count, group});
 }
 
 }  // namespace varlen_sm90
 
-#define ATTENTION_VARLEN_SM90(D)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(flash::sm90::Head<D>::THREADS, 1) attention_varlen_sm90_##D(                    \
-      const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ out,              \
-      const int* __restrict__ cu_seqlens_q, const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int splits,   \
-      int rows_q, int rows_k, int q_stride, int k_stride, int v_stride, int group, float scale) {                              \
-    varlen_sm90::attention<D>(q, k, v, out, cu_seqlens_q, cu_seqlens_k, {partials, arrived, splits}, rows_q, rows_k, q_stride, \
-                              k_stride, v_stride, group, scale);                                                               \
-  }                                                                                                                            \
+#define ATTENTION_VARLEN_SM90(D)                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(flash::sm90::Head<D>::THREADS, 1) attention_varlen_sm90_##D(                        \
+      const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ out,                  \
+      const int* __restrict__ cu_seqlens_q, const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int wave,         \
+      int sequences, int rows_q, int rows_k, int heads, int q_stride, int k_stride, int v_stride, int group, float scale) {        \
+    varlen_sm90::attention<D>(q, k, v, out, cu_seqlens_q, cu_seqlens_k, partials, arrived, wave, sequences, rows_q, rows_k, heads, \
+                              q_stride, k_stride, v_stride, group, scale);                                                         \
+  }                                                                                                                                \
   CU_EXPORT(attention_varlen_sm90_##D)
 
 ATTENTION_VARLEN_SM90(64)

@@ -52,13 +52,18 @@ __device__ __forceinline__ Span span(const int* __restrict__ cu_seqlens, int i, 
   return {start, min(max(cu_seqlens[i + 1], start), rows) - start};
 }
 
-// Zeros for the rows of out [rows, cols] that belong to no sequence: the blocks of the last z share them.
+// Zeros for the rows of out [rows, cols] that belong to no sequence: the part of block `block` of `blocks`.
+__device__ __forceinline__ void zero_rest(bf16* __restrict__ out, const int* __restrict__ cu_seqlens, int sequences, int rows,
+                                          int cols, int block, int blocks) {
+  const int first = min(max(cu_seqlens[0], 0), rows), end = min(max(cu_seqlens[sequences], 0), rows);
+  const size_t thread = (size_t)block * blockDim.x + threadIdx.x, step = (size_t)blocks * blockDim.x;
+  for (size_t i = thread; i < (size_t)first * cols; i += step) out[i] = bf16{0};
+  for (size_t i = (size_t)end * cols + thread; i < (size_t)rows * cols; i += step) out[i] = bf16{0};
+}
+// Likewise; the blocks of this z share them.
 __device__ __forceinline__ void zero_rest(bf16* __restrict__ out, const int* __restrict__ cu_seqlens, int sequences, int rows,
                                           int cols) {
-  const int first = min(max(cu_seqlens[0], 0), rows), end = min(max(cu_seqlens[sequences], 0), rows);
-  const size_t block = blockIdx.y * gridDim.x + blockIdx.x, step = (size_t)gridDim.x * gridDim.y * blockDim.x;
-  for (size_t i = block * blockDim.x + threadIdx.x; i < (size_t)first * cols; i += step) out[i] = bf16{0};
-  for (size_t i = (size_t)end * cols + block * blockDim.x + threadIdx.x; i < (size_t)rows * cols; i += step) out[i] = bf16{0};
+  zero_rest(out, cu_seqlens, sequences, rows, cols, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
 }
 
 // The entries of a tile: `count` of its sequence, the tile's begin at `first`.

@@ -46,9 +46,56 @@ struct Head {
   static_assert(ROWS * CHUNKS * 16 <= STAGE && STAGE % 128 == 0, "queries fit in a stage, and stages begin with a core matrix");
 };
 
+// Most splits of a tile: its last block reads what all the others wrote.
+constexpr int MAX_SPLITS = 8;
+
+// What a block does: a split of a tile.
+struct Work {
+  int sequence, head, tile;  // the tile among those of its sequence and key head; no work if the sequence is negative
+  int slot;                  // of the tile's first split among all splits: less than `wave`
+  int split, splits;         // of at most so many
+};
+
+// Finds the work of block `block`. Tiles are counted by sequence, key head and place, `tiles(i)` of them in sequence i for each
+// head. As long as they fill the card, on which `wave` blocks run at once, a block has one whole. Those that are left then are
+// split, so that they fill it too: all, where few tiles see a long context; of 416 on 132 multiprocessors the last 20, which would
+// take as long as 132. `cu_seqlens` is on the device, so that only the blocks can count.
+template <class Tiles>
+__device__ __forceinline__ Work find_work(Tiles tiles, int sequences, int heads, int block, int wave) {
+  const int lane = threadIdx.x & 31;
+  int all = 0;
+  for (int i = lane; i < sequences; i += 32) all += tiles(i) * heads;
+  CU_UNROLL
+  for (int offset = 16; offset; offset >>= 1) all += __shfl_xor_sync(0xffffffffu, all, offset);
+  all = max(all, 0);
+  const int whole = all / wave * wave, rest = all - whole, splits = rest ? min(wave / rest, MAX_SPLITS) : 1;
+  const int left = block - whole, index = left < 0 ? block : whole + left / splits;
+  if (index >= all) return {-1, 0, 0, 0, 0, 0};
+  // The sequence that has it: 32 at a time, by the tiles up to the end of each.
+  for (int first = 0, before = 0; first < sequences; first += 32) {
+    const int mine = first + lane < sequences ? tiles(first + lane) * heads : 0;
+    int end = mine;
+    CU_UNROLL
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, end, offset);
+      if (lane >= offset) end += other;
+    }
+    const unsigned beyond = __ballot_sync(0xffffffffu, index < before + end);
+    if (beyond) {
+      const int owner = __ffs(beyond) - 1, of_sequence = __shfl_sync(0xffffffffu, mine, owner), each = of_sequence / heads;
+      const int place = index - before - __shfl_sync(0xffffffffu, end - mine, owner);
+      return {first + owner,        place / each, place % each, (index - whole) * splits, left < 0 ? 0 : left % splits,
+              left < 0 ? 1 : splits};
+    }
+    before += __shfl_sync(0xffffffffu, end, 31);
+  }
+  return {-1, 0, 0, 0, 0, 0};
+}
+
 // What a block has in shared memory in front of its stages. Head::STAGE is a multiple of 128, and so is this.
 struct alignas(128) Header {
   Tile tile;
+  int head, unused;
   unsigned long long full[STAGES], empty[STAGES];  // mbarriers
 };
 
@@ -229,13 +276,14 @@ struct Accumulator {
   }
 };
 
-// Puts the splits of a tile together, in their order whoever is last; true in the block that has the result.
+// Puts the splits of a tile together, in their order whoever is last; true in the block that has the result. `slots` has room for
+// what `wave` splits hand on, `arrived` a counter for each that is zero between launches; `tile.index` is Work::slot.
 template <int D>
-__device__ __forceinline__ bool join(Accumulator<D>& result, const Meeting& meeting, Tile& tile) {
+__device__ __forceinline__ bool join(Accumulator<D>& result, float* slots, int* arrived, Tile& tile) {
   if (tile.splits == 1) return true;
-  float* partials = meeting.partials + (size_t)tile.index * meeting.count * Accumulator<D>::PARTIAL;
+  float* partials = slots + (size_t)tile.index * Accumulator<D>::PARTIAL;
   result.write(reinterpret_cast<float4*>(partials + (size_t)tile.split * Accumulator<D>::PARTIAL));
-  if (!arrives_last(meeting.arrived + tile.index, tile.splits, &tile.flag)) return false;
+  if (!arrives_last(arrived + tile.index, tile.splits, &tile.flag)) return false;
   result = Accumulator<D>();
   for (int i = 0; i < tile.splits; i++)
     result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * Accumulator<D>::PARTIAL));

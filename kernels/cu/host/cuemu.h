@@ -497,6 +497,7 @@ static inline T __shfl_up_sync(unsigned m, T v, unsigned d, int w = 32) {
 }
 static inline unsigned __ballot_sync(unsigned m, bool p) { return cuemu::ballot(m, p, "__ballot_sync"); }
 static inline int __any_sync(unsigned m, bool p) { return cuemu::ballot(m, p, "__any_sync") != 0; }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline int __all_sync(unsigned m, bool p) { return cuemu::ballot(m, p, "__all_sync") == m; }
 template <class T, class U>
 static inline T atomicAdd(T* p, U v) {

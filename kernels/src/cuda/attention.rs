@@ -52,6 +52,8 @@ const MIN_SPLIT_KEYS: usize = 256;
 /// Sequences with more rows than this in a step are `paged_prefill`'s. A draft of 7 tokens fits; with many more the keys would
 /// be read once for each 16 entries.
 const MAX_DECODE_ROWS: usize = 8;
+/// Blocks of the kernels for 9.0 that do nothing but set rows of no sequence to zero.
+const ZEROING_BLOCKS: usize = 8;
 /// Twice the blocks of `paged_decode` that a multiprocessor holds at once.
 const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
@@ -198,26 +200,34 @@ pub(super) fn varlen(cuda: &Cuda, attention: &VarlenAttention<'_, Cuda>, out: &m
     check::attention_varlen(cuda, attention, out)?;
     let AttentionShape { num_heads, num_kv_heads, head_dim } = attention.shape;
     let kernels = kernels("attention_varlen", head_dim)?;
-    let scratch = &cuda.attention;
-    let (kernel, tiling) = match scratch.wgmma {
-        true => (kernels.varlen_wgmma, Tiling::wgmma(head_dim)),
-        false => (kernels.varlen, Tiling::mma(head_dim)),
-    };
     let ((q, q_stride), (k, k_stride), (v, v_stride)) =
         (columns("q", attention.q)?, columns("k", attention.k)?, columns("v", attention.v)?);
     let (rows_q, rows_k) = (out.rows(), attention.k.tensor.rows());
-    let group = num_heads / num_kv_heads;
-    let tiles = (attention.max_seqlen_q.min(rows_q) * group).div_ceil(tiling.rows).max(1);
-    let sequences = attention.cu_seqlens_q.rows() - 1;
-    let splits = scratch.splits(tiling, tiles * num_kv_heads * sequences, attention.max_seqlen_k.min(rows_k));
-    let launch = cuda.launch(kernel)?.threads(tiling.threads).shared_bytes(tiling.shared_bytes);
-    // The last z is for the rows of no sequence.
-    let launch = launch.grid([tiles * splits, num_kv_heads, sequences + 1]);
-    let launch = launch.pointer(q).pointer(k).pointer(v).pointer(pointer(out));
-    let launch = launch.pointer(pointer(attention.cu_seqlens_q)).pointer(pointer(attention.cu_seqlens_k));
-    let launch = launch.pointer(scratch.partials.pointer()).pointer(scratch.arrived.pointer()).int(splits);
-    let launch = launch.int(rows_q).int(rows_k).int(q_stride).int(k_stride).int(v_stride).int(group).float(scale(attention.shape));
-    // SAFETY: shapes were checked, and the kernel stays within the rows whatever `cu_seqlens` hold.
+    let (group, scratch, sequences) = (num_heads / num_kv_heads, &cuda.attention, attention.cu_seqlens_q.rows() - 1);
+    let longest = attention.max_seqlen_q.min(rows_q) * group;
+    let launch_of = |kernel, tiling: Tiling| -> Result<Launch<'_>> {
+        let launch = cuda.launch(kernel)?.threads(tiling.threads).shared_bytes(tiling.shared_bytes);
+        let launch = launch.pointer(q).pointer(k).pointer(v).pointer(pointer(out));
+        let launch = launch.pointer(pointer(attention.cu_seqlens_q)).pointer(pointer(attention.cu_seqlens_k));
+        Ok(launch.pointer(scratch.partials.pointer()).pointer(scratch.arrived.pointer()))
+    };
+    let launch = if scratch.wgmma {
+        let tiling = Tiling::wgmma(head_dim);
+        // All rows and a tile more for the end of each sequence.
+        let tiles = (sequences * longest.div_ceil(tiling.rows)).min(rows_q * group / tiling.rows + sequences) * num_kv_heads;
+        let wave = scratch.multiprocessors * tiling.blocks_per_multiprocessor;
+        let launch = launch_of(kernels.varlen_wgmma, tiling)?.grid([tiles + wave + ZEROING_BLOCKS, 1, 1]);
+        launch.int(wave).int(sequences).int(rows_q).int(rows_k).int(num_kv_heads)
+    } else {
+        let tiling = Tiling::mma(head_dim);
+        let tiles = longest.div_ceil(tiling.rows).max(1);
+        let splits = scratch.splits(tiling, tiles * num_kv_heads * sequences, attention.max_seqlen_k.min(rows_k));
+        // The last z is for the rows of no sequence.
+        let launch = launch_of(kernels.varlen, tiling)?.grid([tiles * splits, num_kv_heads, sequences + 1]);
+        launch.int(splits).int(rows_q).int(rows_k)
+    };
+    let launch = launch.int(q_stride).int(k_stride).int(v_stride).int(group).float(scale(attention.shape));
+    // SAFETY: shapes were checked, splits have room, and the kernel stays within the rows whatever `cu_seqlens` hold.
     unsafe { launch.run() }
 }
 

@@ -125,6 +125,15 @@ fn packed_sequences_do_not_see_each_other() {
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
+fn many_short_sequences_share_a_batch() {
+    let lens: Vec<_> = (0..70).map(|i| (i % 5, 3 + i % 7)).collect();
+    for cuda in open_each() {
+        packed(&cuda, heads(2, 1, 64), &lens);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
 fn tiles_of_queries_and_keys_end_anywhere() {
     for cuda in open_each() {
         packed(&cuda, heads(1, 1, 72), &[(127, 63), (128, 64), (129, 65), (33, 31), (32, 32), (31, 33), (16, 200), (200, 16)]);
@@ -154,6 +163,8 @@ fn few_tiles_share_a_long_context() {
         // The emulation has 4 multiprocessors: up to 8 splits of one tile, 4 of two.
         packed(&cuda, heads(1, 1, 72), &[(5, 2100)]);
         packed(&cuda, heads(2, 1, 96), &[(9, 1300), (70, 255), (3, 0)]);
+        // Of five tiles, four are whole and the last is split.
+        packed(&cuda, heads(5, 5, 72), &[(10, 1000)]);
         paged(&cuda, heads(4, 1, 128), 16, None, &[(1300, 9)]);
         paged(&cuda, heads(4, 1, 64), 16, Some(700), &[(1000, 40), (3, 9)]);
     }
