@@ -8,13 +8,17 @@
 // `wave` more for what is split (flash::sm90::find_work), and ZEROING_BLOCKS; those without work leave at once.
 namespace varlen_sm90 {
 
+// Three warpgroups where their registers suffice.
+template <int D>
+using Head = flash::sm90::Head<D, D <= 80 ? 3 : 2>;
+
 // The last blocks set rows of no sequence to zero. Few: as a rule there are none, or the last of a batch.
 constexpr int ZEROING_BLOCKS = 8;
 
 // Keys and values in consecutive rows.
 template <int D>
 struct PackedKeys {
-  using Copier = flash::sm90::Copier<D>;
+  using Copier = flash::sm90::Copier<Head<D>>;
   const unsigned char *k, *v;        // this thread's first piece in row 0
   unsigned k_stride, v_stride, len;  // strides in bytes
   Copier copier;
@@ -26,7 +30,7 @@ struct PackedKeys {
         v_stride(2u * v_stride),
         len(len) {}
   __device__ __forceinline__ void copy(int tile, ptx::smem_t stage) {
-    const unsigned key = tile * flash::sm90::Head<D>::KEYS + Copier::row();
+    const unsigned key = tile * Head<D>::KEYS + Copier::row();
     const bool valid = key < len;
     const size_t from = valid ? key : 0;
     copier.copy(stage, reinterpret_cast<const bf16*>(k + from * k_stride), reinterpret_cast<const bf16*>(v + from * v_stride),
@@ -40,7 +44,7 @@ __device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16
                                           const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int wave,
                                           int sequences, int rows_q, int rows_k, int heads, int q_stride, int k_stride,
                                           int v_stride, int group, float scale) {
-  using H = flash::sm90::Head<D>;
+  using H = Head<D>;
   CU_SHARED(flash::sm90::Header, header);
   const int out_stride = heads * group * D, zeroing = blockIdx.x - (gridDim.x - ZEROING_BLOCKS);
   if (zeroing >= 0) {
@@ -52,18 +56,19 @@ __device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16
   if (work.sequence < 0) return;
   const flash::Span queries = flash::span(cu_seqlens_q, work.sequence, rows_q);
   const flash::Span keys = flash::span(cu_seqlens_k, work.sequence, rows_k);
-  const flash::Entries entries{work.tile * H::ROWS, queries.len * group, group};
+  const int head = work.place / work.tiles;
+  const flash::Entries entries{work.place % work.tiles * H::ROWS, queries.len * group, group};
   flash::Visible visible{0, keys.len, 0, keys.len};
   const int splits = visible.take_share(H::KEYS, flash::MIN_TILES, work.split, work.splits);
   if (work.split >= splits) return;
 
   header->tile = {queries.start, entries.first, entries.count, work.slot, work.split, splits};
-  header->head = work.head;
-  flash::sm90::Accumulator<D> result;
+  header->head = head;
+  flash::sm90::Accumulator<H> result;
   if (keys.len > 0) {
-    flash::sm90::load_queries<D>(flash::sm90::queries_at<D>(*header),
-                                 q + (size_t)queries.start * q_stride + (size_t)work.head * group * D, q_stride, entries);
-    const size_t column = (size_t)work.head * D;
+    flash::sm90::load_queries<H>(flash::sm90::queries_at<H>(*header),
+                                 q + (size_t)queries.start * q_stride + (size_t)head * group * D, q_stride, entries);
+    const size_t column = (size_t)head * D;
     PackedKeys<D> source(k + (size_t)keys.start * k_stride + column, v + (size_t)keys.start * v_stride + column, k_stride, v_stride,
                          keys.len);
     const auto sees = [&](int) { return make_int2(0, keys.len); };
@@ -77,7 +82,7 @@ __device__ __forceinline__ void attention(const bf16* __restrict__ q, const bf16
 }  // namespace varlen_sm90
 
 #define ATTENTION_VARLEN_SM90(D)                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(flash::sm90::Head<D>::THREADS, 1) attention_varlen_sm90_##D(                        \
+  extern "C" __global__ void __launch_bounds__(varlen_sm90::Head<D>::THREADS, 1) attention_varlen_sm90_##D(                        \
       const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ out,                  \
       const int* __restrict__ cu_seqlens_q, const int* __restrict__ cu_seqlens_k, float* partials, int* arrived, int wave,         \
       int sequences, int rows_q, int rows_k, int heads, int q_stride, int k_stride, int v_stride, int group, float scale) {        \

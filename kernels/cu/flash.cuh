@@ -389,12 +389,13 @@ __device__ __forceinline__ int2 causal_keys(int position, int len, int window) {
   return make_int2(min(max(end - window, 0), len), min(end, len));
 }
 
-// Writes what each entry of the tile sees to `seen` [ROWS], those beyond the last excepted. The caller synchronises.
+// Writes what each of the TILE entries of a tile sees to `seen`, nothing for those beyond the last. The caller synchronises.
+template <int TILE = ROWS>
 __device__ __forceinline__ Visible causal(int2* seen, const int* __restrict__ positions, int len, int window,
                                           const Entries& entries) {
   Visible all{len, 0, 0, len};
   const int lane = threadIdx.x & 31;
-  for (int r = lane; r < ROWS; r += 32) {
+  for (int r = lane; r < TILE; r += 32) {
     const int entry = entries.first + r;
     if (entry >= entries.count) {
       seen[r] = make_int2(0, 0);

@@ -30,10 +30,11 @@ constexpr int STAGES = 5;
 // which is one tile ahead of another does not wait for it.
 constexpr int AHEAD = STAGES - 2;
 
-// How a head size is laid out.
-template <int D>
+// How heads of HEAD_DIM elements are laid out for GROUPS warpgroups: a thread has 168 registers with three of them, 255 with two.
+template <int HEAD_DIM, int GROUPS>
 struct Head {
-  static constexpr int WARPGROUPS = D <= 80 ? 3 : 2;  // 168 or 255 registers a thread
+  static constexpr int D = HEAD_DIM;
+  static constexpr int WARPGROUPS = GROUPS;
   static constexpr int THREADS = 128 * WARPGROUPS;
   static constexpr int WARPS = 4 * WARPGROUPS;
   static constexpr int ROWS = 64 * WARPGROUPS;  // entries of a tile
@@ -51,9 +52,11 @@ constexpr int MAX_SPLITS = 8;
 
 // What a block does: a split of a tile.
 struct Work {
-  int sequence, head, tile;  // the tile among those of its sequence and key head; no work if the sequence is negative
-  int slot;                  // of the tile's first split among all splits: less than `wave`
-  int split, splits;         // of at most so many
+  int sequence;       // negative: no work
+  int place;          // of the tile among those of its sequence and all key heads
+  int tiles;          // of its sequence for each key head
+  int split, splits;  // of at most so many
+  int slot;           // of the tile's first split among all splits: less than `wave`
 };
 
 // Finds the work of block `block`. Tiles are counted by sequence, key head and place, `tiles(i)` of them in sequence i for each
@@ -82,10 +85,10 @@ __device__ __forceinline__ Work find_work(Tiles tiles, int sequences, int heads,
     }
     const unsigned beyond = __ballot_sync(0xffffffffu, index < before + end);
     if (beyond) {
-      const int owner = __ffs(beyond) - 1, of_sequence = __shfl_sync(0xffffffffu, mine, owner), each = of_sequence / heads;
+      const int owner = __ffs(beyond) - 1, count = __shfl_sync(0xffffffffu, mine, owner) / heads;
       const int place = index - before - __shfl_sync(0xffffffffu, end - mine, owner);
-      return {first + owner,        place / each, place % each, (index - whole) * splits, left < 0 ? 0 : left % splits,
-              left < 0 ? 1 : splits};
+      if (left < 0) return {first + owner, place, count, 0, 1, 0};
+      return {first + owner, place, count, left % splits, splits, (index - whole) * splits};
     }
     before += __shfl_sync(0xffffffffu, end, 31);
   }
@@ -100,38 +103,37 @@ struct alignas(128) Header {
 };
 
 // Where the queries of a tile lie until they are in registers: the last stage.
-template <int D>
+template <class H>
 __device__ __forceinline__ ptx::smem_t queries_at(Header& header) {
-  return ptx::smem(&header + 1) + (STAGES - 1) * Head<D>::STAGE;
+  return ptx::smem(&header + 1) + (STAGES - 1) * H::STAGE;
 }
 
 // Copies the queries of a tile to `dst`, in the image of keys with `ROWS` rows; those beyond the last are zeros.
-template <int D>
+template <class H>
 __device__ __forceinline__ void load_queries(ptx::smem_t dst, const bf16* __restrict__ q, int stride, const Entries& entries) {
-  using H = Head<D>;
   for (int i = threadIdx.x; i < H::ROWS * H::CHUNKS; i += H::THREADS) {
     const int row = i / H::CHUNKS, chunk = i % H::CHUNKS, entry = entries.first + row;
     const bool valid = entry < entries.count;
-    const bf16* src = valid ? q + (size_t)(entry / entries.group) * stride + (size_t)(entry % entries.group) * D : q;
+    const bf16* src = valid ? q + (size_t)(entry / entries.group) * stride + (size_t)(entry % entries.group) * H::D : q;
     ptx::cp_async16(dst + (chunk * H::ROWS + row) * 16, src + chunk * 8, valid);
   }
 }
 
 // A warp's 16 queries.
-template <int D>
+template <class H>
 struct Queries {
-  u32 r[Head<D>::STEPS][4];
+  u32 r[H::STEPS][4];
 
   __device__ __forceinline__ explicit Queries(ptx::smem_t queries) {
-    constexpr int CHUNK = Head<D>::ROWS * 16;  // bytes from chunk to chunk
+    constexpr int CHUNK = H::ROWS * 16;  // bytes from chunk to chunk
     const int lane = threadIdx.x & 31;
     const ptx::smem_t at = queries + ((threadIdx.x >> 5) * 16 + (lane & 15)) * 16;
     CU_UNROLL
-    for (int k = 0; k < D / 16; k++) ptx::ldmatrix_x4(r[k], at + (2 * k + (lane >> 4)) * CHUNK);
-    if (D % 16) {
+    for (int k = 0; k < H::D / 16; k++) ptx::ldmatrix_x4(r[k], at + (2 * k + (lane >> 4)) * CHUNK);
+    if (H::D % 16) {
       u32 tail[2];
-      ptx::ldmatrix_x2(tail, at + (Head<D>::CHUNKS - 1) * CHUNK);
-      u32(&last)[4] = r[Head<D>::STEPS - 1];
+      ptx::ldmatrix_x2(tail, at + (H::CHUNKS - 1) * CHUNK);
+      u32(&last)[4] = r[H::STEPS - 1];
       last[0] = last[1] = 0;
       last[2] = tail[0];
       last[3] = tail[1];
@@ -140,9 +142,8 @@ struct Queries {
 };
 
 // A thread's part in the copies of a tile: four threads to a key, of which each has every fourth piece of 16 bytes.
-template <int D>
+template <class H>
 struct Copier {
-  using H = Head<D>;
   ptx::smem_t to;  // from the stage to the first piece
   bool value;      // of the pieces that are left: one of the value
 
@@ -172,16 +173,15 @@ struct Copier {
 
 // Results of a warp's 16 entries so far, not yet divided by the sums. Lane 4 g + q has rows g and g + 8 and columns 2 q and 2 q + 1
 // of each 8.
-template <int D>
+template <class H>
 struct Accumulator {
-  using H = Head<D>;
-  float o[D / 2];
+  float o[H::D / 2];
   float base[2];  // what the probabilities are relative to, times scale
   float sum[2];   // of the probabilities of this lane's columns
 
   __device__ __forceinline__ Accumulator() {
     CU_UNROLL
-    for (int i = 0; i < D / 2; i++) o[i] = 0.f;
+    for (int i = 0; i < H::D / 2; i++) o[i] = 0.f;
     base[0] = base[1] = LOWEST;
     sum[0] = sum[1] = 0.f;
   }
@@ -219,17 +219,18 @@ struct Accumulator {
   }
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
     CU_UNROLL
-    for (int i = 0; i < D / 2; i++) o[i] *= factor[i >> 1 & 1];
+    for (int i = 0; i < H::D / 2; i++) o[i] *= factor[i >> 1 & 1];
   }
 
-  static constexpr int PARTIAL = H::THREADS * (4 + D / 2);
+  static constexpr int PARTIAL = H::THREADS * (4 + H::D / 2);
 
   // What a split hands on: PARTIAL floats, each thread's own.
   __device__ __forceinline__ void write(float4* partial) const {
     partial += threadIdx.x;
     partial[0] = make_float4(base[0], base[1], sum[0], sum[1]);
     CU_UNROLL
-    for (int n = 0; n < D / 8; n++) partial[(1 + n) * H::THREADS] = make_float4(o[4 * n], o[4 * n + 1], o[4 * n + 2], o[4 * n + 3]);
+    for (int n = 0; n < H::D / 8; n++)
+      partial[(1 + n) * H::THREADS] = make_float4(o[4 * n], o[4 * n + 1], o[4 * n + 2], o[4 * n + 3]);
   }
 
   // Adds what a split wrote.
@@ -247,7 +248,7 @@ struct Accumulator {
       sum[h] = sum[h] * mine[h] + sums[h] * theirs[h];
     }
     CU_UNROLL
-    for (int n = 0; n < D / 8; n++) {
+    for (int n = 0; n < H::D / 8; n++) {
       const float4 other = partial[(1 + n) * H::THREADS];
       o[4 * n] = o[4 * n] * mine[0] + other.x * theirs[0];
       o[4 * n + 1] = o[4 * n + 1] * mine[0] + other.y * theirs[0];
@@ -268,9 +269,9 @@ struct Accumulator {
       const float factor = total > 0.f ? 1.f / total : 0.f;
       const int entry = entries.first + (threadIdx.x >> 5) * 16 + h * 8 + (lane >> 2);
       if (entry >= entries.count) continue;
-      bf16* row = out + (size_t)(entry / entries.group) * stride + (size_t)(entry % entries.group) * D;
+      bf16* row = out + (size_t)(entry / entries.group) * stride + (size_t)(entry % entries.group) * H::D;
       CU_UNROLL
-      for (int n = 0; n < D / 8; n++)
+      for (int n = 0; n < H::D / 8; n++)
         *reinterpret_cast<bf16x2*>(row + n * 8 + (lane & 3) * 2) = pack(o[4 * n + 2 * h] * factor, o[4 * n + 2 * h + 1] * factor);
     }
   }
@@ -278,56 +279,53 @@ struct Accumulator {
 
 // Puts the splits of a tile together, in their order whoever is last; true in the block that has the result. `slots` has room for
 // what `wave` splits hand on, `arrived` a counter for each that is zero between launches; `tile.index` is Work::slot.
-template <int D>
-__device__ __forceinline__ bool join(Accumulator<D>& result, float* slots, int* arrived, Tile& tile) {
+template <class H>
+__device__ __forceinline__ bool join(Accumulator<H>& result, float* slots, int* arrived, Tile& tile) {
   if (tile.splits == 1) return true;
-  float* partials = slots + (size_t)tile.index * Accumulator<D>::PARTIAL;
-  result.write(reinterpret_cast<float4*>(partials + (size_t)tile.split * Accumulator<D>::PARTIAL));
+  float* partials = slots + (size_t)tile.index * Accumulator<H>::PARTIAL;
+  result.write(reinterpret_cast<float4*>(partials + (size_t)tile.split * Accumulator<H>::PARTIAL));
   if (!arrives_last(arrived + tile.index, tile.splits, &tile.flag)) return false;
-  result = Accumulator<D>();
+  result = Accumulator<H>();
   for (int i = 0; i < tile.splits; i++)
-    result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * Accumulator<D>::PARTIAL));
+    result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * Accumulator<H>::PARTIAL));
   return true;
 }
 
 // s = q k^T for the keys of a stage: issues the products.
-template <int D>
-__device__ __forceinline__ void multiply_keys(float (&s)[Head<D>::KEYS / 2], const Queries<D>& q, ptx::smem_t stage) {
-  using H = Head<D>;
+template <class H>
+__device__ __forceinline__ void multiply_keys(float (&s)[H::KEYS / 2], const Queries<H>& q, ptx::smem_t stage) {
   const u64 keys = ptx::matrix_descriptor(stage, H::PITCH, 128);
   CU_UNROLL
   for (int k = 0; k < H::STEPS; k++) {
     // In units of 16 bytes, as descriptors count.
-    const int chunk = k < D / 16 ? 2 * k : H::CHUNKS - 2;
+    const int chunk = k < H::D / 16 ? 2 * k : H::CHUNKS - 2;
     ptx::wgmma_bf16<H::KEYS, false>(s, q.r[k], keys + (u64)(chunk * H::PITCH / 16), k > 0);
   }
 }
 
 // o += p v for the values of a stage: issues the products.
-template <int D>
-__device__ __forceinline__ void multiply_values(float (&o)[D / 2], const u32 (&p)[Head<D>::KEYS / 16][4], ptx::smem_t stage) {
-  using H = Head<D>;
+template <class H>
+__device__ __forceinline__ void multiply_values(float (&o)[H::D / 2], const u32 (&p)[H::KEYS / 16][4], ptx::smem_t stage) {
   const u64 values = ptx::matrix_descriptor(stage + H::TILE, 128, H::PITCH);
   CU_UNROLL
-  for (int k = 0; k < H::KEYS / 16; k++) ptx::wgmma_bf16<D, true>(o, p[k], values + (u64)(k * 256 / 16), true);
+  for (int k = 0; k < H::KEYS / 16; k++) ptx::wgmma_bf16<H::D, true>(o, p[k], values + (u64)(k * 256 / 16), true);
 }
 
 // Probabilities as the left operand of p v.
-template <int KEYS>
-__device__ __forceinline__ void pack_probabilities(u32 (&p)[KEYS / 16][4], const float (&s)[KEYS / 2]) {
+template <class H>
+__device__ __forceinline__ void pack_probabilities(u32 (&p)[H::KEYS / 16][4], const float (&s)[H::KEYS / 2]) {
   CU_UNROLL
-  for (int i = 0; i < KEYS / 4; i++) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < H::KEYS / 4; i++) p[i / 4][i % 4] = pack(s[2 * i], s[2 * i + 1]);
 }
 
 // Adds the visible keys, of which there are some, to the results of the tile's entries. The queries are on their way to
-// `queries_at<D>(header)`, uncommitted.
+// `queries_at<H>(header)`, uncommitted.
 //
 // `keys.copy(t, stage)` starts this thread's copies of tile t (keys from t KEYS on; zeros for those that no entry sees); tiles are
 // asked for in order. `sees(row)` gives the keys x .. y that a row of the tile sees.
-template <int D, class Keys, class Sees>
-__device__ __forceinline__ void attend(Accumulator<D>& result, Header& header, Keys& keys, const Visible& visible, Sees sees,
+template <class H, class Keys, class Sees>
+__device__ __forceinline__ void attend(Accumulator<H>& result, Header& header, Keys& keys, const Visible& visible, Sees sees,
                                        float scale) {
-  using H = Head<D>;
   const ptx::smem_t stages = ptx::smem(&header + 1), full = ptx::smem(header.full), empty = ptx::smem(header.empty);
   const int first = visible.some_begin / H::KEYS, tiles = (visible.some_end + H::KEYS - 1) / H::KEYS - first;
   const int warpgroup = threadIdx.x >> 7;
@@ -359,7 +357,7 @@ __device__ __forceinline__ void attend(Accumulator<D>& result, Header& header, K
   for (int tile = 0; tile < AHEAD; tile++) copy(tile);
   ptx::cp_async_wait<AHEAD>();
   __syncthreads();
-  const Queries<D> q(queries_at<D>(header));
+  const Queries<H> q(queries_at<H>(header));
   // Every warp has its queries before their place becomes a stage.
   __syncthreads();
 
@@ -386,14 +384,14 @@ __device__ __forceinline__ void attend(Accumulator<D>& result, Header& header, K
   landed(0);
   wait(full, 0);
   ptx::wgmma_fence();
-  multiply_keys<D>(s, q, stage(0));
+  multiply_keys<H>(s, q, stage(0));
   ptx::wgmma_commit();
   ptx::cp_async_wait<AHEAD - 2>();
   if (tiles > 1) landed(1);
   ptx::wgmma_wait<0>();
   ptx::settle(s);
   probabilities(0);  // there are no results yet to be rescaled
-  pack_probabilities<H::KEYS>(p, s);
+  pack_probabilities<H>(p, s);
 
   // The last warpgroup lets the first begin.
   if (warpgroup == H::WARPGROUPS - 1 && tiles > 1) ptx::barrier_arrive(1, 256);
@@ -406,9 +404,9 @@ __device__ __forceinline__ void attend(Accumulator<D>& result, Header& header, K
     wait(full, tile + 1);
     ptx::barrier_sync(1 + warpgroup, 256);
     ptx::wgmma_fence();
-    multiply_keys<D>(s, q, stage(tile + 1));
+    multiply_keys<H>(s, q, stage(tile + 1));
     ptx::wgmma_commit();
-    multiply_values<D>(result.o, p, stage(tile));
+    multiply_values<H>(result.o, p, stage(tile));
     ptx::wgmma_commit();
     if (warpgroup + 1 < H::WARPGROUPS)
       ptx::barrier_arrive(2 + warpgroup, 256);
@@ -422,10 +420,10 @@ __device__ __forceinline__ void attend(Accumulator<D>& result, Header& header, K
     ptx::settle(result.o);
     arrive(empty + tile % STAGES * 8);
     if (risen) result.rescale(factor);
-    pack_probabilities<H::KEYS>(p, s);
+    pack_probabilities<H>(p, s);
   }
   ptx::wgmma_fence();
-  multiply_values<D>(result.o, p, stage(tiles - 1));
+  multiply_values<H>(result.o, p, stage(tiles - 1));
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   ptx::settle(result.o);

@@ -6,6 +6,7 @@
 #include "../norm.cu"
 #include "../paged_decode.cu"
 #include "../paged_prefill.cu"
+#include "../paged_prefill_sm90.cu"
 #include "../rope.cu"
 #include "../sample.cu"
 

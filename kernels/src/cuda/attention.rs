@@ -65,22 +65,23 @@ struct Kernels {
     varlen: &'static str,
     varlen_wgmma: &'static str,
     prefill: &'static str,
+    prefill_wgmma: &'static str,
     decode: &'static str,
 }
 
 fn kernels(op: &'static str, head_dim: usize) -> Result<Kernels> {
-    let [varlen, varlen_wgmma, prefill, decode] = match head_dim {
-        64 => ["attention_varlen_64", "attention_varlen_sm90_64", "paged_prefill_64", "paged_decode_64"],
-        72 => ["attention_varlen_72", "attention_varlen_sm90_72", "paged_prefill_72", "paged_decode_72"],
-        80 => ["attention_varlen_80", "attention_varlen_sm90_80", "paged_prefill_80", "paged_decode_80"],
-        96 => ["attention_varlen_96", "attention_varlen_sm90_96", "paged_prefill_96", "paged_decode_96"],
-        128 => ["attention_varlen_128", "attention_varlen_sm90_128", "paged_prefill_128", "paged_decode_128"],
+    let [varlen, varlen_wgmma, prefill, prefill_wgmma, decode] = match head_dim {
+        64 => ["attention_varlen_64", "attention_varlen_sm90_64", "paged_prefill_64", "paged_prefill_sm90_64", "paged_decode_64"],
+        72 => ["attention_varlen_72", "attention_varlen_sm90_72", "paged_prefill_72", "paged_prefill_sm90_72", "paged_decode_72"],
+        80 => ["attention_varlen_80", "attention_varlen_sm90_80", "paged_prefill_80", "paged_prefill_sm90_80", "paged_decode_80"],
+        96 => ["attention_varlen_96", "attention_varlen_sm90_96", "paged_prefill_96", "paged_prefill_sm90_96", "paged_decode_96"],
+        128 => ["attention_varlen_128", "attention_varlen_sm90_128", "paged_prefill_128", "paged_prefill_sm90_128", "paged_decode_128"],
         _ => return Err(Error::shape(op, format!("expected a head_dim of 64, 72, 80, 96 or 128, found {head_dim}; use the CPU"))),
     };
-    Ok(Kernels { varlen, varlen_wgmma, prefill, decode })
+    Ok(Kernels { varlen, varlen_wgmma, prefill, prefill_wgmma, decode })
 }
 
-/// How a kernel over many queries cuts its work: what `flash::Head` and `flash::sm90::Head` say in `flash.cuh` and `flash_sm90.cuh`.
+/// How a kernel over many queries cuts its work, as `flash::Head` in `flash.cuh` and `flash::sm90::Head` in `flash_sm90.cuh` have it.
 #[derive(Clone, Copy)]
 struct Tiling {
     /// Entries of a tile (a query row of one head).
@@ -107,10 +108,9 @@ impl Tiling {
         }
     }
 
-    const fn wgmma(head_dim: usize) -> Self {
+    const fn wgmma(head_dim: usize, warpgroups: usize) -> Self {
         const STAGES: usize = 5;
         const HEADER_BYTES: usize = 128;
-        let warpgroups = if head_dim <= 80 { 3 } else { 2 };
         let (threads, keys) = (128 * warpgroups, 32 * warpgroups);
         Self {
             rows: 64 * warpgroups,
@@ -122,13 +122,22 @@ impl Tiling {
     }
 }
 
-/// What `paged_prefill` has in shared memory besides: the keys that each entry sees, and the rows of two tiles of 64 keys.
-const PREFILL_BYTES: usize = 128 * 8 + 2 * 64 * 4;
+/// What kernels of prefill have in shared memory besides for each entry: the keys that it sees.
+const SEEN_BYTES: usize = 8;
+/// What `paged_prefill.cu` has besides: the rows of two tiles of 64 keys.
+const PREFILL_SLOT_BYTES: usize = 2 * 64 * 4;
 
 /// Elements (f32) of what a split of `paged_decode` hands on: results, bases and sums.
 const fn decode_partial_len(head_dim: usize) -> usize {
     DECODE_TILE * (head_dim + 2)
 }
+
+/// Warpgroups of a block of `attention_varlen_sm90.cu`: `varlen_sm90::Head`.
+const fn varlen_warpgroups(head_dim: usize) -> usize {
+    if head_dim <= 80 { 3 } else { 2 }
+}
+/// Warpgroups of a block of `paged_prefill_sm90.cu`: `prefill_sm90::Head`.
+const PREFILL_WARPGROUPS: usize = 2;
 
 /// Shared memory of a block of `paged_decode`: what each of four warps has, then the weights with which they are put together.
 fn decode_bytes(head_dim: usize) -> usize {
@@ -153,7 +162,8 @@ impl Attention {
         }
         const LEN: usize = split_len(Tiling::mma(MAX_HEAD_DIM));
         const { assert!(LEN >= split_len(Tiling::mma(72))) };
-        const { assert!(LEN >= split_len(Tiling::wgmma(80)) && LEN >= split_len(Tiling::wgmma(MAX_HEAD_DIM))) };
+        const { assert!(LEN >= split_len(Tiling::wgmma(80, varlen_warpgroups(80)))) };
+        const { assert!(LEN >= split_len(Tiling::wgmma(MAX_HEAD_DIM, PREFILL_WARPGROUPS))) };
         const { assert!(LEN >= DECODE_BLOCKS_PER_MULTIPROCESSOR * decode_partial_len(MAX_HEAD_DIM)) };
         let device = stream.device();
         let (multiprocessors, has_wgmma) = (device.multiprocessors, device.compute_capability == WGMMA_COMPUTE_CAPABILITY);
@@ -167,10 +177,23 @@ impl Attention {
         Ok(Self { wgmma: has_wgmma && kernels != AttentionKernels::Mma, partials, arrived, multiprocessors })
     }
 
+    /// Blocks that run at once.
+    fn wave(&self, tiling: Tiling) -> usize {
+        self.multiprocessors * tiling.blocks_per_multiprocessor
+    }
+
+    /// Blocks for the tiles that there may be, and for the splits of those that do not fill the card (`flash::sm90::find_work`):
+    /// sequences have `longest` entries at most, and `entries` together.
+    fn blocks(&self, tiling: Tiling, num_kv_heads: usize, sequences: usize, longest: usize, entries: usize) -> usize {
+        // All entries, and a tile more for the end of each sequence.
+        let tiles = (sequences * longest.div_ceil(tiling.rows)).min(entries / tiling.rows + sequences);
+        tiles * num_kv_heads + self.wave(tiling)
+    }
+
     /// How many blocks share the keys of a tile, so that few tiles over long contexts fill the card: as many as fit at once. `keys`
     /// is the longest context that may be.
     fn splits(&self, tiling: Tiling, tiles: usize, keys: usize) -> usize {
-        (self.multiprocessors * tiling.blocks_per_multiprocessor / tiles.max(1)).min(keys / MIN_SPLIT_KEYS).clamp(1, MAX_SPLITS)
+        (self.wave(tiling) / tiles.max(1)).min(keys / MIN_SPLIT_KEYS).clamp(1, MAX_SPLITS)
     }
 
     /// The same for `paged_decode`: twice as many as fit at once, so that what is left at the end is short. Contexts are not known
@@ -212,12 +235,10 @@ pub(super) fn varlen(cuda: &Cuda, attention: &VarlenAttention<'_, Cuda>, out: &m
         Ok(launch.pointer(scratch.partials.pointer()).pointer(scratch.arrived.pointer()))
     };
     let launch = if scratch.wgmma {
-        let tiling = Tiling::wgmma(head_dim);
-        // All rows and a tile more for the end of each sequence.
-        let tiles = (sequences * longest.div_ceil(tiling.rows)).min(rows_q * group / tiling.rows + sequences) * num_kv_heads;
-        let wave = scratch.multiprocessors * tiling.blocks_per_multiprocessor;
-        let launch = launch_of(kernels.varlen_wgmma, tiling)?.grid([tiles + wave + ZEROING_BLOCKS, 1, 1]);
-        launch.int(wave).int(sequences).int(rows_q).int(rows_k).int(num_kv_heads)
+        let tiling = Tiling::wgmma(head_dim, varlen_warpgroups(head_dim));
+        let blocks = scratch.blocks(tiling, num_kv_heads, sequences, longest, rows_q * group);
+        let launch = launch_of(kernels.varlen_wgmma, tiling)?.grid([blocks + ZEROING_BLOCKS, 1, 1]);
+        launch.int(scratch.wave(tiling)).int(sequences).int(rows_q).int(rows_k).int(num_kv_heads)
     } else {
         let tiling = Tiling::mma(head_dim);
         let tiles = longest.div_ceil(tiling.rows).max(1);
@@ -246,8 +267,8 @@ pub(super) fn paged(
     let (group, rows, sequences) = (num_heads / num_kv_heads, step.max_seqlen_q.min(qkv.rows()), step.context_lens.rows());
     let (window, scratch) = (step.sliding_window.unwrap_or(usize::MAX), &cuda.attention);
     // What both kernels begin with.
-    let launch_of = |kernel, shared_bytes| -> Result<Launch<'_>> {
-        let launch = cuda.launch(kernel)?.threads(THREADS).shared_bytes(shared_bytes);
+    let launch_of = |kernel, threads, shared_bytes| -> Result<Launch<'_>> {
+        let launch = cuda.launch(kernel)?.threads(threads).shared_bytes(shared_bytes);
         let launch = launch.pointer(pointer(qkv)).pointer(pointer(&kv.k)).pointer(pointer(&kv.v)).pointer(pointer(out));
         let launch = launch.pointer(pointer(step.positions)).pointer(pointer(step.cu_seqlens_q));
         let launch = launch.pointer(pointer(step.block_tables)).pointer(pointer(step.context_lens));
@@ -256,7 +277,7 @@ pub(super) fn paged(
 
     let tiles = num_kv_heads * (rows.min(MAX_DECODE_ROWS) * group).div_ceil(DECODE_TILE).max(1);
     let splits = scratch.decode_splits(sequences * tiles);
-    let launch = launch_of(kernels.decode, decode_bytes(head_dim))?;
+    let launch = launch_of(kernels.decode, THREADS, decode_bytes(head_dim))?;
     let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
     let launch = launch.int(num_kv_heads).int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
     // SAFETY: shapes were checked, splits have room, and the kernel stays within its tensors whatever the indices are. The last z is
@@ -266,13 +287,22 @@ pub(super) fn paged(
         return Ok(());
     }
 
-    let tiling = Tiling::mma(head_dim);
-    let tiles = (rows * group).div_ceil(tiling.rows);
-    let longest = window.saturating_add(rows).min(step.block_tables.cols() * kv.block_size);
-    let splits = scratch.splits(tiling, tiles * num_kv_heads * sequences, longest);
-    let launch = launch_of(kernels.prefill, PREFILL_BYTES + tiling.shared_bytes)?;
-    let launch = launch.int(splits).int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
+    let launch = if scratch.wgmma {
+        let tiling = Tiling::wgmma(head_dim, PREFILL_WARPGROUPS);
+        let blocks = scratch.blocks(tiling, num_kv_heads, sequences, rows * group, qkv.rows() * group);
+        let launch = launch_of(kernels.prefill_wgmma, tiling.threads, tiling.shared_bytes + tiling.rows * SEEN_BYTES)?;
+        launch.grid([blocks, 1, 1]).int(scratch.wave(tiling)).int(sequences).int(num_kv_heads)
+    } else {
+        let tiling = Tiling::mma(head_dim);
+        let tiles = (rows * group).div_ceil(tiling.rows);
+        let longest = window.saturating_add(rows).min(step.block_tables.cols() * kv.block_size);
+        let splits = scratch.splits(tiling, tiles * num_kv_heads * sequences, longest);
+        let shared_bytes = tiling.shared_bytes + tiling.rows * SEEN_BYTES + PREFILL_SLOT_BYTES;
+        let launch = launch_of(kernels.prefill, tiling.threads, shared_bytes)?;
+        launch.grid([tiles * splits, num_kv_heads, sequences]).int(splits)
+    };
+    let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
     let launch = launch.int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
     // SAFETY: as above.
-    unsafe { launch.grid([tiles * splits, num_kv_heads, sequences]).run() }
+    unsafe { launch.run() }
 }

@@ -43,6 +43,7 @@ pub const SOURCES: &[Source] = &[
     Source::new("norm.cu", include_str!("../../cu/norm.cu")),
     Source::new("paged_decode.cu", include_str!("../../cu/paged_decode.cu")),
     Source::new("paged_prefill.cu", include_str!("../../cu/paged_prefill.cu")),
+    Source::sm90("paged_prefill_sm90.cu", include_str!("../../cu/paged_prefill_sm90.cu")),
     Source::new("rope.cu", include_str!("../../cu/rope.cu")),
     Source::new("sample.cu", include_str!("../../cu/sample.cu")),
 ];

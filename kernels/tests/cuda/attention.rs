@@ -382,30 +382,33 @@ fn long_contexts_are_split_and_put_together() {
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn drafts_of_every_length_are_causal() {
-    let cuda = open();
-    for rows in 1..=9 {
-        paged(&cuda, heads(4, 1, 128), 16, None, &[(30, rows), (0, rows), (300, rows)]);
+    for cuda in open_each() {
+        for rows in 1..=9 {
+            paged(&cuda, heads(4, 1, 128), 16, None, &[(30, rows), (0, rows), (300, rows)]);
+        }
     }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn windows_hide_what_is_too_far_back() {
-    let cuda = open();
-    for window in [1, 5, 16, 130, 5000] {
-        paged(&cuda, heads(4, 1, 128), 16, Some(window), &[(0, 1), (300, 1), (3, 40), (250, 2), (200, 70)]);
+    for cuda in open_each() {
+        for window in [1, 5, 16, 130, 5000] {
+            paged(&cuda, heads(4, 1, 128), 16, Some(window), &[(0, 1), (300, 1), (3, 40), (250, 2), (200, 70)]);
+        }
     }
 }
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn prompts_chunks_and_single_rows_share_a_step() {
-    let cuda = open();
-    for head_dim in HEAD_DIMS {
-        paged(&cuda, heads(4, 1, head_dim), 16, None, &[(0, 70), (1, 3), (125, 20), (0, 9), (200, 1), (0, 0), (150, 33)]);
-    }
-    for block_size in [1, 5, 64] {
-        paged(&cuda, heads(4, 2, 128), block_size, None, &[(0, 130), (47, 49), (30, 1)]);
+    for cuda in open_each() {
+        for head_dim in HEAD_DIMS {
+            paged(&cuda, heads(4, 1, head_dim), 16, None, &[(0, 70), (1, 3), (125, 20), (0, 9), (200, 1), (0, 0), (150, 33)]);
+        }
+        for block_size in [1, 5, 64, 200] {
+            paged(&cuda, heads(4, 2, 128), block_size, None, &[(0, 130), (47, 49), (30, 1)]);
+        }
     }
 }
 
@@ -441,24 +444,25 @@ fn a_recorded_step_is_right_for_other_contexts() {
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn padding_without_context_gives_zeros() {
-    let cuda = open();
-    for ends in [[0, 1], [0, 3], [1, 2], [0, 20], [3, 20]] {
-        let rows = ends[1].max(3) as usize;
-        let shape = heads(2, 1, 128);
-        let kv = KvCache { k: poisoned(&cuda, 16, 128, DType::Bf16), v: poisoned(&cuda, 16, 128, DType::Bf16), block_size: 8 };
-        let step = PagedAttention {
-            positions: &indices(&cuda, &vec![0; rows]),
-            cu_seqlens_q: &indices(&cuda, &ends),
-            block_tables: &elements(&cuda, 1, 1, &[-1]),
-            context_lens: &indices(&cuda, &[0]),
-            max_seqlen_q: rows,
-            sliding_window: Some(4),
-            shape,
-        };
-        let mut out = poisoned(&cuda, rows, 256, DType::Bf16);
-        cuda.paged_attention(&poisoned(&cuda, rows, 512, DType::Bf16), &kv, &step, &mut out).unwrap();
-        assert_eq!(read(&cuda, &out), vec![0.0; rows * 256], "{ends:?}");
-        assert_untouched_around("padding", &cuda, &mut out);
+    for cuda in open_each() {
+        for ends in [[0, 1], [0, 3], [1, 2], [0, 20], [3, 20]] {
+            let rows = ends[1].max(3) as usize;
+            let shape = heads(2, 1, 128);
+            let kv = KvCache { k: poisoned(&cuda, 16, 128, DType::Bf16), v: poisoned(&cuda, 16, 128, DType::Bf16), block_size: 8 };
+            let step = PagedAttention {
+                positions: &indices(&cuda, &vec![0; rows]),
+                cu_seqlens_q: &indices(&cuda, &ends),
+                block_tables: &elements(&cuda, 1, 1, &[-1]),
+                context_lens: &indices(&cuda, &[0]),
+                max_seqlen_q: rows,
+                sliding_window: Some(4),
+                shape,
+            };
+            let mut out = poisoned(&cuda, rows, 256, DType::Bf16);
+            cuda.paged_attention(&poisoned(&cuda, rows, 512, DType::Bf16), &kv, &step, &mut out).unwrap();
+            assert_eq!(read(&cuda, &out), vec![0.0; rows * 256], "{ends:?}");
+            assert_untouched_around("padding", &cuda, &mut out);
+        }
     }
 }
 
