@@ -9,6 +9,7 @@ mod common;
 mod elementwise;
 mod linear;
 mod norm;
+mod paged_attention;
 mod rope;
 mod rows;
 mod sample;
