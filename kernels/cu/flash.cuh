@@ -450,9 +450,9 @@ __device__ __forceinline__ bool join(Accumulator<D>& result, const Meeting& meet
   float* partials = meeting.partials + (size_t)tile.index * meeting.count * PARTIAL<D>;
   result.write(reinterpret_cast<float4*>(partials + (size_t)tile.split * PARTIAL<D>));
   if (!arrives_last(meeting.arrived + tile.index, tile.splits, &tile.flag)) return false;
-  for (int i = 0; i < tile.splits; i++) {
-    if (i != tile.split) result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * PARTIAL<D>));
-  }
+  // What this block has too: in one order, the bits do not depend on which block is last.
+  result = Accumulator<D>();
+  for (int i = 0; i < tile.splits; i++) result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * PARTIAL<D>));
   return true;
 }
 

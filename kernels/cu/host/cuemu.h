@@ -3,8 +3,9 @@
 // The threads of a block are fibers of one OS thread; __syncthreads, shuffles, votes and the warp-wide instructions of
 // common.cuh are where they meet. Blocks may be spread over OS threads. What it finds: barriers and collectives that not all
 // reach, deadlocks, shared memory read before it was written (it is poisoned with NaN), copies that nobody waited for, addresses
-// that are not aligned, races that show in another order of threads (CUEMU_SEED shuffles it between barriers). What it cannot
-// find: weak memory order, bank conflicts, anything about time. x86-64 only; needs -fno-strict-aliasing.
+// that are not aligned, races that show in another order of threads or blocks (CUEMU_SEED shuffles threads between barriers, and
+// lets launches begin with any block). What it cannot find: weak memory order, bank conflicts, anything about time. x86-64 only;
+// needs -fno-strict-aliasing.
 #pragma once
 #include <atomic>
 #include <algorithm>
@@ -371,6 +372,9 @@ inline uint64_t launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   if (smem > 227 * 1024) die("dynamic shared memory above sm_90's 227 KiB");
   uint64_t total = (uint64_t)grid.x * grid.y * grid.z;
   std::atomic<uint64_t> next{0}, sw{0};
+  // Blocks begin in any order; with a seed it is another for each launch.
+  static std::atomic<uint64_t> launches{0};
+  const uint64_t begin = options().seed ? (launches++ * 2654435761u + options().seed) % std::max<uint64_t>(total, 1) : 0;
   auto worker = [&] {
     static thread_local Block storage;
     Block& b = storage;
@@ -378,8 +382,10 @@ inline uint64_t launch(dim3 grid, dim3 block, size_t smem, F&& body) {
     blk() = &b;
     b.body = body;
     b.switches = 0;
-    for (uint64_t i; (i = next.fetch_add(1)) < total;)
+    for (uint64_t i; (i = next.fetch_add(1)) < total;) {
+      i = (begin + i) % total;
       run_block(b, {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, grid, block, smem);
+    }
     sw += b.switches;
     blk() = old;
   };
