@@ -5,7 +5,8 @@
 // that of p v; scores and results are the accumulators. The design follows FlashAttention-3 (Shah et al. 2024,
 // https://arxiv.org/abs/2407.08608): the scores of the next tile are multiplied before, and the results of this one during, the
 // softmax of the next, and warpgroups take turns at the tensor cores, so that one's exponentials run beside another's products. At
-// a head size of 72 that matters: 16 exponentials a clock take 5/6 of the time of its products at the full rate.
+// a head size of 72 that matters: at 16 exponentials a clock (CUDA C++ programming guide, "Arithmetic Instructions") and 4,096 FLOP
+// a clock of a multiprocessor, the exponentials of a tile take 5/6 of the time of its products.
 //
 // Keys and values have one image in shared memory: 8 keys of 8 elements are 128 consecutive bytes, a core matrix of the layout
 // without swizzle, which is K-major for q k^T and N-major for p v alike. Any head size fits, nothing is padded, and with 8 keys x 4
@@ -327,7 +328,9 @@ template <class H, class Keys, class Sees>
 __device__ __forceinline__ void attend(Accumulator<H>& result, Header& header, Keys& keys, const Visible& visible, Sees sees,
                                        float scale) {
   const ptx::smem_t stages = ptx::smem(&header + 1), full = ptx::smem(header.full), empty = ptx::smem(header.empty);
-  const int first = visible.some_begin / H::KEYS, tiles = (visible.some_end + H::KEYS - 1) / H::KEYS - first;
+  // From one lane, so that the compiler sees that all have the same: descriptors then are made in uniform registers.
+  const int first = __shfl_sync(0xffffffffu, visible.some_begin / H::KEYS, 0);
+  const int tiles = __shfl_sync(0xffffffffu, (visible.some_end + H::KEYS - 1) / H::KEYS, 0) - first;
   const int warpgroup = threadIdx.x >> 7;
 
   const auto stage = [&](int tile) { return stages + tile % STAGES * H::STAGE; };

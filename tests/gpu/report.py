@@ -86,19 +86,23 @@ def speed_rows(plan, work, engine, peer):
     floor = lambda flop=0, nbytes=0: 1e3 * max(flop / matmul, nbytes / copy) if copy and matmul else None
     rows = []
 
-    def mma_row(name, key, **case):
-        ms = find(engine, attention="mma", **case).get(key)
+    # What was measured again with --attention mma.
+    by_mma = [line for line in engine or [] if line.get("attention") == "mma"]
+    engine = [line for line in engine or [] if "attention" not in line]
+
+    def mma_row(what, case, key):
+        ms = find(by_mma, **case).get(key)
         if ms:
-            rows.append((f"  {name} with mma.sync", ms, None, None))
+            rows.append((f"  {what} with mma.sync", ms, None, None))
 
     for picture in plan.speed_pictures:
         case = {"kind": "vision", "name": picture.name}
         rows.append((f"vision encode {picture.name}", find(engine, **case).get("ms"), find(peer, **case).get("ms"), floor(work.vision_flop(grids(picture)))))
-        mma_row(picture.name, "ms", **case)
+        mma_row(picture.name, case, "ms")
     for tokens in plan.prefill_tokens:
         case = {"kind": "prefill", "tokens": tokens}
         rows.append((f"first token, {tokens} tokens", find(engine, **case).get("ttft_ms"), find(peer, **case).get("ttft_ms"), floor(work.prefill_flop(tokens), work.decode_bytes)))
-        mma_row(f"{tokens} tokens", "ttft_ms", **case)
+        mma_row(f"{tokens} tokens", case, "ttft_ms")
     for batch, context in plan.decode:
         case = {"kind": "decode", "batch": batch, "context": context}
         nbytes = work.decode_bytes + batch * context * work.token_bytes
