@@ -136,10 +136,12 @@ static inline void mma_bf16_k8(float (&c)[4], unsigned a0, unsigned a1, unsigned
   mma_bf16(c, a, b0, 0);
 }
 
-// The copy lands only at the wait: who forgets to wait reads poison.
+// The copy takes its place at once and lands only at the wait: who forgets to wait reads poison, and so does who still needs what
+// was there.
 static inline void cp_async16(smem_t dst, const void* src, bool valid = true) {
   host::check(dst, 16, "cp.async: destination is not 16-byte aligned");
   if (valid && (uintptr_t)src % 16) cuemu::die("cp.async: source is not 16-byte aligned");
+  memset((void*)dst, 0xff, 16);
   cuemu::self().open.push_back({(void*)dst, src, 16, valid ? 0u : 1u});
 }
 static inline void cp_async_commit() {
@@ -156,6 +158,9 @@ static inline void cp_async_wait() {
         memset(copy.dst, 0, 16);
       else
         memcpy(copy.dst, copy.src, 16);
+      const size_t granule = ((char*)copy.dst - cuemu::blk()->dyn) / 16;
+      cuemu::blk()->unfenced[granule] = cuemu::self().tid + 1;
+      cuemu::self().landed.push_back(granule);
     }
     groups.erase(groups.begin());
   }

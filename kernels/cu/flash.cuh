@@ -52,12 +52,17 @@ __device__ __forceinline__ Span span(const int* cu_seqlens, int i, int rows) {
   return {start, min(max(cu_seqlens[i + 1], start), rows) - start};
 }
 
-// Zeros for the rows of out [rows, cols] that belong to no sequence: the blocks of the last z share them.
-__device__ __forceinline__ void zero_rest(bf16* out, const int* cu_seqlens, int sequences, int rows, int cols) {
+// Zeros for the rows of out [rows, cols] that belong to no sequence: the part of block `block` of `blocks`.
+__device__ __forceinline__ void zero_rest(bf16* out, const int* cu_seqlens, int sequences, int rows, int cols, int block,
+                                          int blocks) {
   const int first = min(max(cu_seqlens[0], 0), rows), end = min(max(cu_seqlens[sequences], 0), rows);
-  const size_t block = blockIdx.y * gridDim.x + blockIdx.x, step = (size_t)gridDim.x * gridDim.y * blockDim.x;
-  for (size_t i = block * blockDim.x + threadIdx.x; i < (size_t)first * cols; i += step) out[i] = bf16{0};
-  for (size_t i = (size_t)end * cols + block * blockDim.x + threadIdx.x; i < (size_t)rows * cols; i += step) out[i] = bf16{0};
+  const size_t thread = (size_t)block * blockDim.x + threadIdx.x, step = (size_t)blocks * blockDim.x;
+  for (size_t i = thread; i < (size_t)first * cols; i += step) out[i] = bf16{0};
+  for (size_t i = (size_t)end * cols + thread; i < (size_t)rows * cols; i += step) out[i] = bf16{0};
+}
+// Likewise; the blocks of this z share them.
+__device__ __forceinline__ void zero_rest(bf16* out, const int* cu_seqlens, int sequences, int rows, int cols) {
+  zero_rest(out, cu_seqlens, sequences, rows, cols, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
 }
 
 // The entries of a tile: `count` of its sequence, the tile's begin at `first`.
@@ -383,11 +388,12 @@ __device__ __forceinline__ int2 causal_keys(int position, int len, int window) {
   return make_int2(min(max(end - window, 0), len), min(end, len));
 }
 
-// Writes what each entry of the tile sees to `seen` [ROWS], those beyond the last excepted. The caller synchronises.
+// Writes what each of the TILE entries of a tile sees to `seen`, nothing for those beyond the last. The caller synchronises.
+template <int TILE = ROWS>
 __device__ __forceinline__ Visible causal(int2* seen, const int* positions, int len, int window, const Entries& entries) {
   Visible all{len, 0, 0, len};
   const int lane = threadIdx.x & 31;
-  for (int r = lane; r < ROWS; r += 32) {
+  for (int r = lane; r < TILE; r += 32) {
     const int entry = entries.first + r;
     if (entry >= entries.count) {
       seen[r] = make_int2(0, 0);
@@ -442,9 +448,9 @@ __device__ __forceinline__ bool join(Accumulator<D>& result, const Meeting& meet
   float* partials = meeting.partials + (size_t)tile.index * meeting.count * PARTIAL<D>;
   result.write(reinterpret_cast<float4*>(partials + (size_t)tile.split * PARTIAL<D>));
   if (!arrives_last(meeting.arrived + tile.index, tile.splits, &tile.flag)) return false;
-  for (int i = 0; i < tile.splits; i++) {
-    if (i != tile.split) result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * PARTIAL<D>));
-  }
+  // What this block has too: in one order, the bits do not depend on which block is last.
+  result = Accumulator<D>();
+  for (int i = 0; i < tile.splits; i++) result.merge(reinterpret_cast<const float4*>(partials + (size_t)i * PARTIAL<D>));
   return true;
 }
 

@@ -8,7 +8,7 @@ use idefics_kernels::cuda::{nvrtc, source::SOURCES};
 use std::{collections::BTreeMap, fmt, fs, path::Path, process::ExitCode};
 
 /// A100, H100, B200, RTX PRO 6000 Blackwell: each with instructions, or limits, that the others do not have.
-const ARCHITECTURES: [(i32, i32); 4] = [(8, 0), (9, 0), (10, 0), (12, 0)];
+const COMPUTE_CAPABILITIES: [(i32, i32); 4] = [(8, 0), (9, 0), (10, 0), (12, 0)];
 
 /// What ptxas says of a kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,11 +77,13 @@ fn main() -> ExitCode {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("cu").join("resources.tsv");
     let (recorded, mut found, mut failures) = (read(&path), Table::new(), Vec::new());
     for source in SOURCES {
-        for (major, minor) in ARCHITECTURES {
-            let architecture = format!("sm_{major}{minor}");
-            match nvrtc::compile(source, (major, minor)) {
+        for compute_capability in COMPUTE_CAPABILITIES.into_iter().filter(|one| source.is_for(*one)) {
+            let architecture = nvrtc::architecture(compute_capability);
+            match nvrtc::compile(source, compute_capability) {
                 Ok(compiled) => {
-                    let warnings = compiled.log.lines().filter(|line| line.contains("warning"));
+                    // A loss of performance: when products of warpgroups wait for each other, as a register could be touched in between.
+                    let warns = |line: &&str| line.contains("warning") || line.contains("Potential Performance Loss");
+                    let warnings = compiled.log.lines().filter(warns);
                     failures.extend(warnings.map(|line| format!("{} for {architecture}: {line}", source.name)));
                     parse(source.name, &architecture, &compiled.log, &mut found);
                 }

@@ -85,12 +85,24 @@ def speed_rows(plan, work, engine, peer):
     copy, matmul = roofs.get("copy_bytes_per_s"), roofs.get("matmul_flop_per_s")
     floor = lambda flop=0, nbytes=0: 1e3 * max(flop / matmul, nbytes / copy) if copy and matmul else None
     rows = []
+
+    # What was measured again with --attention mma.
+    by_mma = [line for line in engine or [] if line.get("attention") == "mma"]
+    engine = [line for line in engine or [] if "attention" not in line]
+
+    def mma_row(what, case, key):
+        ms = find(by_mma, **case).get(key)
+        if ms:
+            rows.append((f"  {what} with mma.sync", ms, None, None))
+
     for picture in plan.speed_pictures:
         case = {"kind": "vision", "name": picture.name}
         rows.append((f"vision encode {picture.name}", find(engine, **case).get("ms"), find(peer, **case).get("ms"), floor(work.vision_flop(grids(picture)))))
+        mma_row(picture.name, case, "ms")
     for tokens in plan.prefill_tokens:
         case = {"kind": "prefill", "tokens": tokens}
         rows.append((f"first token, {tokens} tokens", find(engine, **case).get("ttft_ms"), find(peer, **case).get("ttft_ms"), floor(work.prefill_flop(tokens), work.decode_bytes)))
+        mma_row(f"{tokens} tokens", case, "ttft_ms")
     for batch, context in plan.decode:
         case = {"kind": "decode", "batch": batch, "context": context}
         nbytes = work.decode_bytes + batch * context * work.token_bytes
@@ -139,7 +151,7 @@ def table(plan, work, results):
     if "copy_bytes_per_s" in roofs:
         lines.append(f"{roofs['device']}: copy {roofs['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {roofs['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s")
     for name in ("engine", "peer"):
-        loads = [f"{line['engine']} {line['seconds']:.1f} s" for line in results.get(name) or [] if line["kind"] == "load" and "seconds" in line]
+        loads = [f"{line['engine']} {line['seconds']:.1f} s" for line in results.get(name) or [] if line["kind"] == "load" and "seconds" in line and "attention" not in line]
         if loads:
             lines.append(f"load, {'idefics' if name == 'engine' else 'transformers'}: {', '.join(loads)}")
     if work and (results.get("engine") or results.get("peer")):

@@ -89,16 +89,20 @@ def ops(bench, log):
 
 
 def engine(bench, log):
-    plan, lines = bench.plan, []
+    """The engines alone; pictures and prompts once more with the attention of older cards."""
+    plan, lines, mma_lines = bench.plan, [], []
+    pictures = ["--pictures", ",".join(picture.name for picture in plan.speed_pictures)]
     command = [
-        bench.binary("idefics-engine-bench"), "--model", bench.checkpoint("speed"), "--device", bench.device,
-        "--pictures", ",".join(picture.name for picture in plan.speed_pictures), "--prefill", ",".join(map(str, plan.prefill_tokens)),
-        "--decode", ",".join(f"{batch}x{context}" for batch, context in plan.decode), "--steps", plan.steps, "--repeats", plan.repeats,
-        "--max-num-seqs", plan.max_num_seqs, "--max-num-batched-tokens", plan.max_num_batched_tokens,
+        bench.binary("idefics-engine-bench"), "--model", bench.checkpoint("speed"), "--device", bench.device, "--repeats", plan.repeats,
+        "--prefill", ",".join(map(str, plan.prefill_tokens)), "--max-num-seqs", plan.max_num_seqs, "--max-num-batched-tokens", plan.max_num_batched_tokens,
     ]
+    decode = ["--decode", ",".join(f"{batch}x{context}" for batch, context in plan.decode), "--steps", plan.steps]
     try:
-        run_logged(command, log, bench.left(), json_lines(lines))
+        run_logged([*command, *pictures, *decode], log, bench.left(), json_lines(lines))
+        if bench.device.startswith("cuda"):
+            run_logged([*command, *pictures, "--attention", "mma"], log, bench.left(), json_lines(mma_lines))
     finally:
+        lines += [{**line, "attention": "mma"} for line in mma_lines]
         # What was measured counts, whatever came after.
         bench.partial["engine"] = lines
     return lines

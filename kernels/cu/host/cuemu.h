@@ -3,9 +3,10 @@
 // The threads of a block are fibers of one OS thread; __syncthreads, shuffles, votes and the warp-wide instructions of
 // common.cuh are where they meet. Blocks may be spread over OS threads. What it finds: barriers and collectives that not all
 // reach, deadlocks, shared memory read before it was written (it is poisoned with NaN), copies that nobody waited for, addresses
-// that are not aligned, races that show in another order of threads (CUEMU_SEED shuffles it between barriers), and, since some
-// blocks start before the kernels ahead of them have run, what is read or written before griddepcontrol.wait. What it cannot find:
-// weak memory order, bank conflicts, anything about time. x86-64 only; needs -fno-strict-aliasing.
+// that are not aligned, races that show in another order of threads or blocks (CUEMU_SEED shuffles threads between barriers, and
+// lets launches begin with any block), and, since some blocks start before the kernels ahead of them have run, what is read or
+// written before griddepcontrol.wait. What it cannot find: weak memory order, bank conflicts, anything about time. x86-64 only;
+// needs -fno-strict-aliasing.
 #pragma once
 #include <atomic>
 #include <algorithm>
@@ -116,6 +117,7 @@ struct Fiber {
   const char* waiting;  // what it is blocked on, for deadlock reports
   std::vector<AsyncCopy> open;
   std::vector<std::vector<AsyncCopy>> groups;  // cp.async
+  std::vector<size_t> landed;                  // what it wrote since its last fence.proxy.async, in 16 bytes of shared memory
 };
 struct Rendezvous {
   unsigned arrived = 0, mask = 0;
@@ -146,6 +148,10 @@ struct Block {
   std::vector<char> dyn_buf;
   char* dyn = nullptr;
   size_t dyn_n = 0;
+  std::vector<unsigned> unfenced;  // for each 16 bytes: 1 + the thread whose copy is not known to the asynchronous proxy yet
+  std::map<uintptr_t, std::vector<unsigned>> sleepers;  // by the address that they wait for
+  std::shared_ptr<void> warpgroups;                     // products under way: wgmma.h
+  void (*at_exit)() = nullptr;                          // what must hold when a thread ends
   unsigned rng = 1;
 };
 inline Block*& blk() {
@@ -251,6 +257,21 @@ inline void barrier(unsigned id, unsigned need, const char* what) {
   r.waiters.push_back(b.cur);
   block_on(what);
 }
+// bar.arrive: counts without waiting.
+inline void barrier_arrive(unsigned id, unsigned need) {
+  Block& b = *blk();
+  b.bar[id].count++;
+  barrier_check(b, b.bar[id], need);
+}
+// Waits for `wake` of an address.
+inline void sleep(uintptr_t address, const char* what) {
+  blk()->sleepers[address].push_back(blk()->cur);
+  block_on(what);
+}
+inline void wake(uintptr_t address) {
+  Block& b = *blk();
+  for (unsigned i : std::exchange(b.sleepers[address], {})) push_ready(b, i);
+}
 // Warp rendezvous: the last lane to arrive runs f(slots) for the whole mask, then releases the rest.
 template <class A, class F>
 inline void warp_op(unsigned mask, A& mine, const char* op, F&& f) {
@@ -308,6 +329,7 @@ inline void fiber_main() {
   b.live--;
   if (!me.open.empty() || !me.groups.empty()) die("thread exited with cp.async still in flight");
   if (b.must_wait && !me.waited) die("a thread of a kernel that may start early exited without griddepcontrol.wait");
+  if (b.at_exit) b.at_exit();
   barrier_check(b, b.bar[0], b.live);
   unsigned next;
   if (pop_ready(b, next)) {
@@ -349,6 +371,10 @@ inline void prepare(Block& b, const Grid& launch, uint64_t index) {
   b.dyn = (char*)(((uintptr_t)b.dyn_buf.data() + 1023) & ~uintptr_t(1023));
   b.dyn_n = smem;
   if (options().poison) memset(b.dyn, 0xFF, smem);
+  b.unfenced.assign((smem + 15) / 16, 0);
+  b.sleepers.clear();
+  b.warpgroups.reset();
+  b.at_exit = nullptr;
   b.rng = options().seed * 2654435761u + bidx.x * 97 + bidx.y * 31 + bidx.z + 1;
   for (unsigned i = 0; i < n; i++) {
     Fiber& f = b.f[i];
@@ -365,6 +391,7 @@ inline void prepare(Block& b, const Grid& launch, uint64_t index) {
     f.waiting = nullptr;
     f.open.clear();
     f.groups.clear();
+    f.landed.clear();
     void** sp = (void**)(f.stack + STACK - 64);
     *--sp = nullptr;
     *--sp = (void*)&fiber_main;
@@ -378,8 +405,10 @@ inline void resume(Block& b) {
   Block* outer = blk();
   blk() = &b;
   unsigned first;
-  pop_ready(b, first);
+  if (!pop_ready(b, first)) die("deadlock: no thread of a block can run");
   switch_to(b, &b.main_sp, &b.main_fake, first);
+  for (auto& r : b.bar)
+    if (r.count && !b.live) die("a barrier has arrivals that nobody waits for");
   blk() = outer;
 }
 // A block that started before the kernels ahead of its own had run. It ends on the OS thread on which it began.
@@ -422,9 +451,13 @@ inline void launch(const Grid& grid, Early* early = nullptr) {
   const uint64_t total = grid.blocks(), done = early && *early ? early->index() : total;
   if (done < total) early->finish();
   std::atomic<uint64_t> next{0};
+  // Blocks begin in any order; with a seed it is another for each launch.
+  static std::atomic<uint64_t> launches{0};
+  const uint64_t begin = options().seed ? (launches++ * 2654435761u + options().seed) % std::max<uint64_t>(total, 1) : 0;
   auto worker = [&] {
     static thread_local Block b;
     for (uint64_t i; (i = next.fetch_add(1)) < total;) {
+      i = (begin + i) % total;
       if (i == done) continue;
       prepare(b, grid, i);
       resume(b);
@@ -536,6 +569,7 @@ static inline T __shfl_up_sync(unsigned m, T v, unsigned d, int w = 32) {
 }
 static inline unsigned __ballot_sync(unsigned m, bool p) { return cuemu::ballot(m, p, "__ballot_sync"); }
 static inline int __any_sync(unsigned m, bool p) { return cuemu::ballot(m, p, "__any_sync") != 0; }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline int __all_sync(unsigned m, bool p) { return cuemu::ballot(m, p, "__all_sync") == m; }
 template <class T, class U>
 static inline T atomicAdd(T* p, U v) {

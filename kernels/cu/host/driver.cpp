@@ -180,6 +180,12 @@ void check_pinned(const void* pointer, size_t bytes) {
 
 #define API extern "C" __attribute__((visibility("default"))) Result
 
+// The compute capability times ten: 80, say, takes the kernels that such a card would.
+static int capability() {
+  const char* chosen = getenv("CUEMU_CAPABILITY");
+  return chosen ? atoi(chosen) : 90;
+}
+
 // For the tests of "no card".
 API cuInit(unsigned) { return getenv("CUEMU_NO_DEVICE") ? NO_DEVICE : SUCCESS; }
 API cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
@@ -195,9 +201,9 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
     case 16:
       return *value = 4, SUCCESS;  // multiprocessors: few, so that grid-stride loops and splits take more than one turn
     case 75:
-      return *value = 9, SUCCESS;  // compute capability
+      return *value = capability() / 10, SUCCESS;
     case 76:
-      return *value = 0, SUCCESS;
+      return *value = capability() % 10, SUCCESS;
     case 97:
       return *value = 232448, SUCCESS;  // shared memory of a block
     default:

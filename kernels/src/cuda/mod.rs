@@ -21,6 +21,7 @@ pub mod source;
 mod staging;
 mod weight;
 
+pub use attention::AttentionKernels;
 pub use driver::DeviceBuffer;
 
 use crate::{
@@ -44,6 +45,8 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// Where compiled kernels are kept; `None` means below the user's cache folder.
     pub cache_folder: Option<PathBuf>,
+    /// Which kernels compute attention over many queries.
+    pub attention: AttentionKernels,
 }
 
 /// One card as a [`Backend`]: a stream, its kernels, and the memory that ops need besides their tensors. Engines in one process
@@ -53,7 +56,7 @@ pub struct Cuda {
     graphs: Mutex<Graphs>,
     modules: Modules,
     linear: linear::Linear,
-    attention: attention::Scratch,
+    attention: attention::Attention,
     staging: Mutex<Staging>,
     downloads: Downloads,
     stream: Arc<Stream>,
@@ -63,15 +66,15 @@ impl Cuda {
     /// Opens a card, compiles and loads the kernels. Blocks: seconds where they are not in the cache.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) that says what is missing: the driver, the card, a compute capability of 8.0, NVRTC,
-    /// cuBLASLt, memory.
+    /// [`Error::Device`](crate::Error::Device) that says what is missing: the driver, the card, a compute capability of 8.0, or what
+    /// `options.attention` needs; NVRTC, cuBLASLt, memory.
     pub fn open(options: &CudaOptions) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
         let stream = Stream::new(device)?;
         let modules = Modules::load(&stream, &CubinCache::new(options.cache_folder.clone()))?;
         Ok(Self {
             linear: linear::Linear::new(&stream)?,
-            attention: attention::Scratch::new(&stream)?,
+            attention: attention::Attention::new(&stream, options.attention)?,
             staging: Mutex::new(Staging::new(&stream)?),
             downloads: Downloads::new(&stream),
             graphs: Mutex::new(Graphs::new(&stream)),
@@ -83,6 +86,11 @@ impl Cuda {
     /// Whether there is an NVIDIA driver at all.
     pub fn has_driver() -> bool {
         driver::is_present()
+    }
+
+    /// Major and minor number of the card's compute capability.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.device().compute_capability
     }
 
     /// Free and total memory of the card, in bytes.

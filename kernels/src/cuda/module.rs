@@ -21,7 +21,7 @@ const OVERLAPPING: (i32, i32) = (9, 0);
 /// Most parameters of a kernel.
 const MAX_PARAMETERS: usize = 24;
 
-/// Every kernel, compiled and loaded.
+/// Every kernel that the card can run, compiled and loaded.
 pub(crate) struct Modules {
     stream: Arc<Stream>,
     modules: Vec<sys::CUmodule>,
@@ -34,17 +34,18 @@ unsafe impl Send for Modules {}
 unsafe impl Sync for Modules {}
 
 impl Modules {
-    /// Compiles what the cache lacks, all sources at once, and loads everything.
+    /// Compiles what the cache lacks, all sources for this card at once, and loads them.
     pub(crate) fn load(stream: &Arc<Stream>, cache: &CubinCache) -> Result<Self> {
         let compute_capability = stream.device().compute_capability;
+        let sources = || SOURCES.iter().filter(|source| source.is_for(compute_capability));
         let compiled = thread::scope(|scope| {
-            let jobs: Vec<_> = SOURCES.iter().map(|source| scope.spawn(move || cache.get(source, compute_capability))).collect();
+            let jobs: Vec<_> = sources().map(|source| scope.spawn(move || cache.get(source, compute_capability))).collect();
             let ended = |_| Err(Error::Device("a compiler thread panicked".into()));
             jobs.into_iter().map(|job| job.join().unwrap_or_else(ended)).collect::<Result<Vec<_>>>()
         })?;
         stream.device().bind()?;
         let mut loaded = Self { stream: Arc::clone(stream), modules: Vec::new(), functions: Mutex::default() };
-        for (source, compiled) in SOURCES.iter().zip(&compiled) {
+        for (source, compiled) in sources().zip(&compiled) {
             // SAFETY: NVRTC's image, which says itself how long it is.
             let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) };
             loaded.modules.push(check(format_args!("kernels of {} cannot be loaded", source.name), module)?);

@@ -7,26 +7,47 @@ pub struct Source {
     pub name: &'static str,
     /// CUDA C++.
     pub text: &'static str,
+    /// The one compute capability that has its instructions; `None` if every supported one has.
+    pub only: Option<(i32, i32)>,
 }
 
-/// What every source includes, by name.
+impl Source {
+    const fn new(name: &'static str, text: &'static str) -> Self {
+        Self { name, text, only: None }
+    }
+
+    const fn sm90(name: &'static str, text: &'static str) -> Self {
+        Self { name, text, only: Some((9, 0)) }
+    }
+
+    /// Whether cards of this compute capability can run it.
+    pub fn is_for(&self, compute_capability: (i32, i32)) -> bool {
+        self.only.is_none_or(|only| only == compute_capability)
+    }
+}
+
+/// What sources include, by name.
 pub const HEADERS: &[Source] = &[
-    Source { name: "common.cuh", text: include_str!("../../cu/common.cuh") },
-    Source { name: "flash.cuh", text: include_str!("../../cu/flash.cuh") },
-    Source { name: "rank.cuh", text: include_str!("../../cu/rank.cuh") },
+    Source::new("common.cuh", include_str!("../../cu/common.cuh")),
+    Source::new("flash.cuh", include_str!("../../cu/flash.cuh")),
+    Source::new("flash_sm90.cuh", include_str!("../../cu/flash_sm90.cuh")),
+    Source::new("ptx_sm90.cuh", include_str!("../../cu/ptx_sm90.cuh")),
+    Source::new("rank.cuh", include_str!("../../cu/rank.cuh")),
 ];
 
 /// Every file of kernels.
 pub const SOURCES: &[Source] = &[
-    Source { name: "attention_varlen.cu", text: include_str!("../../cu/attention_varlen.cu") },
-    Source { name: "elementwise.cu", text: include_str!("../../cu/elementwise.cu") },
-    Source { name: "gemv.cu", text: include_str!("../../cu/gemv.cu") },
-    Source { name: "logprobs.cu", text: include_str!("../../cu/logprobs.cu") },
-    Source { name: "norm.cu", text: include_str!("../../cu/norm.cu") },
-    Source { name: "paged_decode.cu", text: include_str!("../../cu/paged_decode.cu") },
-    Source { name: "paged_prefill.cu", text: include_str!("../../cu/paged_prefill.cu") },
-    Source { name: "rope.cu", text: include_str!("../../cu/rope.cu") },
-    Source { name: "sample.cu", text: include_str!("../../cu/sample.cu") },
+    Source::new("attention_varlen.cu", include_str!("../../cu/attention_varlen.cu")),
+    Source::sm90("attention_varlen_sm90.cu", include_str!("../../cu/attention_varlen_sm90.cu")),
+    Source::new("elementwise.cu", include_str!("../../cu/elementwise.cu")),
+    Source::new("gemv.cu", include_str!("../../cu/gemv.cu")),
+    Source::new("logprobs.cu", include_str!("../../cu/logprobs.cu")),
+    Source::new("norm.cu", include_str!("../../cu/norm.cu")),
+    Source::new("paged_decode.cu", include_str!("../../cu/paged_decode.cu")),
+    Source::new("paged_prefill.cu", include_str!("../../cu/paged_prefill.cu")),
+    Source::sm90("paged_prefill_sm90.cu", include_str!("../../cu/paged_prefill_sm90.cu")),
+    Source::new("rope.cu", include_str!("../../cu/rope.cu")),
+    Source::new("sample.cu", include_str!("../../cu/sample.cu")),
 ];
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod fused;
 mod linear;
 mod norm;
 mod overlap;
+mod paged_attention;
 mod rope;
 mod rows;
 mod sample;

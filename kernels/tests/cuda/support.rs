@@ -4,7 +4,7 @@ use crate::common::Rng;
 use half::bf16;
 use idefics_kernels::{
     Backend, DType, Element, Tensor,
-    cuda::{Cuda, CudaOptions},
+    cuda::{AttentionKernels, Cuda, CudaOptions},
 };
 use std::sync::Once;
 
@@ -18,6 +18,16 @@ pub(crate) fn open() -> Cuda {
     let open = || Cuda::open(&CudaOptions::default()).unwrap();
     FIRST.call_once(|| drop(open()));
     open()
+}
+
+/// The first card, or its emulation, with each kind of attention that it can run.
+pub(crate) fn open_each() -> Vec<Cuda> {
+    let default = open();
+    let kinds: &[_] = match default.compute_capability() {
+        (9, 0) => &[AttentionKernels::Mma, AttentionKernels::Wgmma],
+        _ => &[AttentionKernels::Mma],
+    };
+    kinds.iter().map(|attention| Cuda::open(&CudaOptions { attention: *attention, ..CudaOptions::default() }).unwrap()).collect()
 }
 
 /// As bf16 holds it.

@@ -3,6 +3,7 @@
 use crate::device::Device;
 use idefics_common::{config::Validate, serve::ServerConfig, telemetry::LogFormat};
 use idefics_gateway::GatewayConfig;
+use idefics_kernels::cuda::AttentionKernels;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -50,6 +51,8 @@ pub(crate) struct BackendConfig {
     pub(crate) device: Device,
     /// Folder for compiled CUDA kernels; absent means below the user's cache folder.
     pub(crate) kernel_cache: Option<PathBuf>,
+    /// CUDA kernels for attention over many queries: `auto`, `mma` or `wgmma`.
+    pub(crate) attention: AttentionKernels,
 }
 
 /// Section `cpu`.

@@ -1,6 +1,6 @@
 //! Which processor computes: chosen by `--device`, opened once per engine.
 
-use crate::config::Config;
+use crate::config::{BackendConfig, Config};
 use anyhow::{Context, Result};
 use idefics_kernels::{
     cpu::{Cpu, CpuOptions},
@@ -81,7 +81,8 @@ impl Processor {
     /// If it cannot be used. `auto` takes the CPU instead and says why.
     pub(crate) fn open(config: &Config) -> Result<Self> {
         let cuda = |ordinal| {
-            let options = CudaOptions { ordinal, cache_folder: config.backend.kernel_cache.clone() };
+            let BackendConfig { kernel_cache, attention, .. } = &config.backend;
+            let options = CudaOptions { ordinal, cache_folder: kernel_cache.clone(), attention: *attention };
             Cuda::open(&options).map(|cuda| Self::Cuda { opened: Some(Box::new(cuda)), options })
         };
         match config.backend.device {
@@ -150,6 +151,8 @@ impl StartEngine for idefics_vision::EngineOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use idefics_kernels::cuda::AttentionKernels;
+    use serde_json::json;
 
     #[test]
     fn devices_are_read_as_they_are_written() {
@@ -159,6 +162,18 @@ mod tests {
         assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
         for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
             assert!(bad.parse::<Device>().unwrap_err().contains("expected auto, cpu, cuda or cuda:N"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn attention_kernels_are_read_as_they_are_written() {
+        let read = |text| serde_json::from_value::<BackendConfig>(json!({ "attention": text })).map(|config| config.attention);
+        for (text, kernels) in [("auto", AttentionKernels::Auto), ("mma", AttentionKernels::Mma), ("wgmma", AttentionKernels::Wgmma)] {
+            assert_eq!((read(text).unwrap(), text.parse()), (kernels, Ok(kernels)));
+        }
+        for bad in ["", "flash", "WGMMA"] {
+            assert!(read(bad).unwrap_err().to_string().contains("expected one of `auto`, `mma`, `wgmma`"), "{bad}");
+            assert!(bad.parse::<AttentionKernels>().unwrap_err().contains("expected auto, mma or wgmma"), "{bad}");
         }
     }
 }

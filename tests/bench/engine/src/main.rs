@@ -13,7 +13,7 @@ use idefics_common::checkpoint::{Checkpoint, Source};
 use idefics_kernels::{
     Backend,
     cpu::{Cpu, CpuOptions},
-    cuda::{Cuda, CudaOptions},
+    cuda::{AttentionKernels, Cuda, CudaOptions},
     weights::Weights,
 };
 use serde_json::{Value, json};
@@ -33,6 +33,9 @@ struct Cli {
     /// Folder for compiled CUDA kernels [default: below the user's cache folder]
     #[arg(long, value_name = "DIR")]
     kernel_cache: Option<PathBuf>,
+    /// CUDA kernels for attention over many queries: auto, mma or wgmma
+    #[arg(long, value_name = "KERNELS", default_value = "auto")]
+    attention: AttentionKernels,
     /// Threads of the CPU backend [default: one per processor]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -119,7 +122,7 @@ fn run(cli: &Cli) -> Result<Report> {
             measure(cli, &model, || Ok(cpu.clone()))
         }
         Device::Cuda(ordinal) => {
-            let options = CudaOptions { ordinal, cache_folder: cli.kernel_cache.clone() };
+            let options = CudaOptions { ordinal, cache_folder: cli.kernel_cache.clone(), attention: cli.attention };
             measure(cli, &model, || Cuda::open(&options).with_context(|| format!("cuda:{ordinal} cannot be used")))
         }
     }
