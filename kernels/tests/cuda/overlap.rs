@@ -235,6 +235,12 @@ fn sampling_waits_for_the_kernels_ahead() {
             Draws { temperature: &temperature.live, top_k: &top_k.live, top_p: &top_p.live, random: &random.live, banned: &banned.live };
         cuda.sample(&logits.live, &draws, out).unwrap();
     });
+
+    let inputs = &mut [Input::new(cuda, 100, [1, 2].map(|seed| Rng(seed).units(3 * 100))), Input::indices(cuda, [[5, 50, 99], [0, 7, 61]])];
+    let mut top_ids = poisoned(cuda, 3, 4, DType::I32);
+    check(cuda, "logprobs", inputs, &mut poisoned(cuda, 3, 5, DType::F32), &mut |inputs, out| {
+        cuda.logprobs(&inputs[0].live, &inputs[1].live, &mut top_ids, out).unwrap();
+    });
 }
 
 #[test]

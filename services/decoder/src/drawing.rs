@@ -93,9 +93,14 @@ impl<B: Backend> Drawing<B> {
         Ok(&self.out)
     }
 
+    /// `[rows, 1]` i32: what the last [`run`](Self::run) chose.
+    pub(crate) fn tokens(&mut self) -> Result<&Tensor<B>> {
+        self.out.set_rows(self.rows.top_k.len())?;
+        Ok(&self.out)
+    }
+
     /// Begins to bring what the last [`run`](Self::run) chose to the host.
     pub(crate) fn download(&mut self, backend: &B) -> Result<Download<i32>> {
-        self.out.set_rows(self.rows.top_k.len())?;
-        backend.begin_download(&self.out)
+        backend.begin_download(self.tokens()?)
     }
 }

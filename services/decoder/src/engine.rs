@@ -7,7 +7,7 @@ use crate::{
     config::Config,
     metrics::{EngineMetrics, Levels},
     model_runner::{self, Launched, ModelRunner, Next},
-    sampler::{Scratch, logprobs},
+    sampler::Scratch,
     scheduler::{Ahead, Scheduled, Scheduler},
     sequence::{Event, Logprobs, Rank, Request, Sequence},
 };
@@ -305,10 +305,9 @@ impl<B: Backend> Worker<B> {
         let places: Vec<Option<usize>> = parts.iter().map(|(rank, _)| self.scheduler.position(*rank)).collect();
         let running = self.scheduler.running();
         let mut prompt_logprobs: Vec<(usize, (u32, Logprobs))> = Vec::new();
-        let outputs = self.runner.finish(launched, &mut |part, position, logits| {
+        let outputs = self.runner.finish(launched, &mut |part, token_id, logprobs| {
             let Some(i) = places[part] else { return };
-            let token_id = running[i].token_ids[position + 1];
-            prompt_logprobs.push((i, (token_id, logprobs(logits, token_id, running[i].prompt_top()))));
+            prompt_logprobs.push((i, (token_id, logprobs)));
         });
         let outputs = match outputs {
             Ok(outputs) => outputs,
@@ -339,7 +338,10 @@ impl<B: Backend> Worker<B> {
             for place in 0..=drafted {
                 let (banned, stop) = (&self.banned_token_ids, &self.stop_token_ids);
                 let chosen = match next {
-                    Next::Tokens(tokens) => u32::try_from(tokens[place]).ok().map(|token_id| (sequence.sampler.accept(token_id), None)),
+                    Next::Tokens(tokens, scores) => {
+                        let logprobs = || scores.map(|scores| scores.row(place));
+                        u32::try_from(tokens[place]).ok().map(|token_id| (sequence.sampler.accept(token_id), logprobs()))
+                    }
                     Next::Logits(logits) => {
                         let row = &logits[place * self.vocab_size..(place + 1) * self.vocab_size];
                         sequence.sampler.sample(row, banned, stop, &mut self.scratch)

@@ -34,6 +34,8 @@ pub(crate) struct Output {
     pub(crate) rows: usize,
     /// How the device chooses from them; `None` if the host does.
     pub(crate) draw: Option<Draw>,
+    /// How many of the likeliest tokens are wanted with each token's log-probability, if that is.
+    pub(crate) logprobs: Option<usize>,
 }
 
 /// The tensors, which lie together, and their contents on the way to them.
@@ -152,12 +154,12 @@ impl<B: Backend> Inputs<B> {
                 let (end, rows) = (host.token_ids.len(), 1 + part.num_drafts);
                 host.output_rows.extend((end - rows..end).map(|row| row as i32));
                 let draw = if B::SAMPLES { sequence.sampler.plain_draw() } else { None };
-                outputs.push(Output { part: i, rows, draw });
+                outputs.push(Output { part: i, rows, draw, logprobs: sequence.sampler.logprobs() });
             }
         }
         self.drawing.clear();
         if outputs.iter().any(|output| output.draw.is_some()) {
-            for Output { part, rows, draw } in &outputs {
+            for Output { part, rows, draw, .. } in &outputs {
                 // The token in flight takes the bits before. A row whose logits go to the host has to have something here too.
                 let random = sequences[step[*part].sequence].sampler.random_bits().skip(in_flight).take(*rows);
                 random.for_each(|random| self.drawing.push(draw.map_or(DrawRow::GREEDY, |draw| DrawRow { draw, random })));

@@ -16,6 +16,7 @@ pub mod model_runner;
 pub mod prompt_lookup;
 pub mod sampler;
 pub mod scheduler;
+mod scoring;
 pub mod sequence;
 pub mod service;
 

@@ -5,8 +5,10 @@ use crate::{
     engine::EngineOptions,
     inputs::{Inputs, Limits, Output},
     model::{ImageRows, Mistral, Workspace},
+    sampler::logprobs,
     scheduler::Scheduled,
-    sequence::Sequence,
+    scoring::{PendingScores, Scores, Scoring},
+    sequence::{Logprobs, Sequence},
 };
 use half::{bf16, f16};
 use idefics_common::checkpoint::ModelConfig;
@@ -20,12 +22,16 @@ pub struct ModelRunner<B: Backend> {
     workspace: Workspace<B>,
     inputs: Inputs<B>,
     images: ImageRows<B>,
-    /// `[n, 1]` i32: rows of prompts whose logits are wanted.
+    /// `[n, 1]` i32: rows of prompts whose log-probabilities are wanted.
     prompt_rows: Tensor<B>,
+    /// `[n, 1]` i32: the tokens behind them; empty where the host looks them up.
+    prompt_token_ids: Tensor<B>,
+    scoring: Scoring<B>,
     hidden: usize,
     vocab_size: usize,
     cache: CacheSize,
     tokens: Vec<i32>,
+    scores: Scores,
     logits: Vec<f32>,
     prompt_logits: Vec<f32>,
 }
@@ -40,17 +46,45 @@ pub enum Next<'a> {
     /// `[rows, vocab]`
     Logits(&'a [f32]),
     /// `[rows]`, chosen by the device; -1 where no logit is finite.
-    Tokens(&'a [i32]),
+    Tokens(&'a [i32], Option<RowScores<'a>>),
+}
+
+/// Log-probabilities of rows that the device chose from.
+#[derive(Clone, Copy, Debug)]
+pub struct RowScores<'a> {
+    scores: &'a Scores,
+    first_row: usize,
+    top: usize,
+}
+
+impl RowScores<'_> {
+    /// Of the token that was chosen from a row, before anything that the request asks for.
+    pub fn row(&self, row: usize) -> Logprobs {
+        self.scores.row(self.first_row + row, self.top)
+    }
+}
+
+/// A token of a prompt whose log-probability is wanted.
+#[derive(Clone, Copy, Debug)]
+struct PromptPlace {
+    /// Index in the step.
+    part: usize,
+    token_id: u32,
+    /// How many of the likeliest tokens are wanted beside it.
+    top: usize,
+    /// Row of the step behind which it stands.
+    row: usize,
 }
 
 /// A step that is queued on the device.
 #[derive(Debug)]
 pub struct Launched {
     outputs: Vec<Output>,
-    /// Places of prompts whose log-probabilities are wanted: index in the step, position, row of the step.
-    prompt_places: Vec<(usize, usize, i32)>,
+    prompt_places: Vec<PromptPlace>,
     /// One for each row of the outputs, if the device chooses any.
     tokens: Option<Download<i32>>,
+    /// Likewise, if anybody wants them of what the device chooses.
+    scores: Option<PendingScores>,
 }
 
 impl Launched {
@@ -62,8 +96,8 @@ impl Launched {
     }
 }
 
-/// Called with an index in the step, a position of that sequence's prompt and the logits `[vocab]` of the token behind it.
-pub type OnPromptLogits<'a> = &'a mut dyn FnMut(usize, usize, &[f32]);
+/// Called with an index in the step and a token of that sequence's prompt.
+pub type OnPromptLogprobs<'a> = &'a mut dyn FnMut(usize, u32, Logprobs);
 
 /// Size of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +171,8 @@ impl<B: Backend> ModelRunner<B> {
         let workspace = Workspace::new(&backend, text, tokens, outputs)?;
         let images = ImageRows { tokens: backend.alloc(tokens, text.hidden_size, dtype)?, rows: backend.alloc(tokens, 1, DType::I32)? };
         let prompt_rows = backend.alloc(outputs, 1, DType::I32)?;
+        let prompt_token_ids = backend.alloc(if B::SAMPLES { outputs } else { 0 }, 1, DType::I32)?;
+        let scoring = Scoring::new(&backend, outputs, text.vocab_size)?;
         let cache = CacheSize::new(config, &options.model, dtype.size(), backend.free_memory()?)?;
         let block_size = config.block_size_tokens;
         let limits = Limits { tokens, sequences: seqs, outputs, blocks: cache.max_model_tokens.div_ceil(block_size), block_size };
@@ -153,10 +189,13 @@ impl<B: Backend> ModelRunner<B> {
             inputs,
             images,
             prompt_rows,
+            prompt_token_ids,
+            scoring,
             cache,
             hidden: text.hidden_size,
             vocab_size: text.vocab_size,
             tokens: Vec::new(),
+            scores: Scores::default(),
             logits: Vec::new(),
             prompt_logits: Vec::new(),
             model,
@@ -192,7 +231,7 @@ impl<B: Backend> ModelRunner<B> {
         let outputs = self.inputs.fill(&self.backend, step, sequences, sources)?;
         let rows = outputs.iter().map(|output| output.rows).sum();
         let (all_drawn, any_drawn) = (outputs.iter().all(|output| output.draw.is_some()), self.inputs.drawing.num_rows() > 0);
-        let Self { backend, model, kv, workspace, inputs, images, .. } = self;
+        let Self { backend, model, kv, workspace, inputs, images, scoring, .. } = self;
         let images = has_images.then_some(&*images);
         // Not within `graphed`, which does not come back to this code when it replays.
         workspace.set_rows(inputs.step.token_ids.rows(), rows)?;
@@ -216,28 +255,36 @@ impl<B: Backend> ModelRunner<B> {
             inputs.drawing.run(backend, workspace.logits())?;
         }
         let tokens = if any_drawn { Some(inputs.drawing.download(backend)?) } else { None };
-        Ok(Launched { outputs, prompt_places: Vec::new(), tokens })
+        let is_scored = |output: &Output| output.draw.is_some() && output.logprobs.is_some();
+        let scores =
+            if outputs.iter().any(is_scored) { Some(scoring.begin(backend, workspace.logits(), inputs.drawing.tokens()?)?) } else { None };
+        Ok(Launched { outputs, prompt_places: Vec::new(), tokens, scores })
     }
 
     /// Waits for a step. Returns, in its order, what follows each sequence whose last token was computed, with its index in the
-    /// step: a row behind the last token and behind each guess. `on_prompt` is called before, for every position whose next prompt
-    /// token's log-probability is wanted, in order.
+    /// step: a row behind the last token and behind each guess. `on_prompt` is called before, for every token of a prompt whose
+    /// log-probability is wanted, in order.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn finish(&mut self, launched: Launched, on_prompt: OnPromptLogits<'_>) -> Result<Vec<(usize, Next<'_>)>> {
-        let Launched { outputs, prompt_places, tokens } = launched;
+    pub fn finish(&mut self, launched: Launched, on_prompt: OnPromptLogprobs<'_>) -> Result<Vec<(usize, Next<'_>)>> {
+        let Launched { outputs, prompt_places, tokens, scores } = launched;
         if let Some(tokens) = tokens {
             self.tokens.resize(outputs.iter().map(|output| output.rows).sum(), 0);
             tokens.wait(&mut self.tokens)?;
         }
+        if let Some(scores) = scores {
+            scores.wait(&mut self.scores)?;
+        }
         self.download_logits(&outputs)?;
         self.run_prompt(&prompt_places, on_prompt)?;
-        let (tokens, mut logits, mut end) = (&self.tokens[..], &self.logits[..], 0);
-        let next = outputs.into_iter().map(|Output { part, rows, draw }| {
+        let (tokens, scores, mut logits, mut end) = (&self.tokens[..], &self.scores, &self.logits[..], 0);
+        let next = outputs.into_iter().map(|Output { part, rows, draw, logprobs }| {
+            let first_row = end;
             end += rows;
             if draw.is_some() {
-                return (part, Next::Tokens(&tokens[end - rows..end]));
+                let scores = logprobs.map(|top| RowScores { scores, first_row, top });
+                return (part, Next::Tokens(&tokens[first_row..end], scores));
             }
             let (own, rest) = logits.split_at(rows * self.vocab_size);
             logits = rest;
@@ -269,19 +316,31 @@ impl<B: Backend> ModelRunner<B> {
         logits.set_rows(first_row)
     }
 
-    /// Applies the head to the rows of prompts whose logits are wanted, as many at a time as the workspace has room for:
+    /// Applies the head to the rows of prompts whose log-probabilities are wanted, as many at a time as the workspace has room for:
     /// `[prompt, vocab]` is never there at once.
-    fn run_prompt(&mut self, places: &[(usize, usize, i32)], on_prompt: OnPromptLogits<'_>) -> Result<()> {
-        for slice in places.chunks(self.prompt_rows.capacity()) {
-            let rows: Vec<i32> = slice.iter().map(|(_, _, row)| *row).collect();
-            self.prompt_rows.set_rows(rows.len())?;
-            self.backend.upload(&rows, &mut self.prompt_rows)?;
-            self.workspace.set_outputs(rows.len())?;
-            self.model.head(&self.backend, &self.prompt_rows, &mut self.workspace)?;
-            self.prompt_logits.resize(rows.len() * self.vocab_size, 0.0);
-            self.backend.download(self.workspace.logits(), &mut self.prompt_logits)?;
-            for ((part, position, _), logits) in slice.iter().zip(self.prompt_logits.chunks_exact(self.vocab_size)) {
-                on_prompt(*part, *position, logits);
+    fn run_prompt(&mut self, places: &[PromptPlace], on_prompt: OnPromptLogprobs<'_>) -> Result<()> {
+        let Self { backend, model, workspace, prompt_rows, prompt_token_ids, scoring, .. } = self;
+        for slice in places.chunks(prompt_rows.capacity()) {
+            let upload = |values: Vec<i32>, tensor: &mut Tensor<B>| {
+                tensor.set_rows(values.len())?;
+                backend.upload(&values, tensor)
+            };
+            upload(slice.iter().map(|place| place.row as i32).collect(), prompt_rows)?;
+            workspace.set_outputs(slice.len())?;
+            model.head(backend, prompt_rows, workspace)?;
+            if B::SAMPLES {
+                upload(slice.iter().map(|place| place.token_id as i32).collect(), prompt_token_ids)?;
+                let mut scores = Scores::default();
+                scoring.begin(backend, workspace.logits(), prompt_token_ids)?.wait(&mut scores)?;
+                for (row, PromptPlace { part, token_id, top, .. }) in slice.iter().enumerate() {
+                    on_prompt(*part, *token_id, scores.row(row, *top));
+                }
+                continue;
+            }
+            self.prompt_logits.resize(slice.len() * self.vocab_size, 0.0);
+            backend.download(workspace.logits(), &mut self.prompt_logits)?;
+            for (PromptPlace { part, token_id, top, .. }, logits) in slice.iter().zip(self.prompt_logits.chunks_exact(self.vocab_size)) {
+                on_prompt(*part, *token_id, logprobs(logits, *token_id, *top));
             }
         }
         Ok(())
@@ -314,15 +373,20 @@ impl<B: Backend> ModelRunner<B> {
     }
 }
 
-/// The places of prompts in the step whose log-probabilities are wanted: index in the step, position, row of the step.
-fn prompt_places(step: &[Scheduled], sequences: &[Sequence]) -> Vec<(usize, usize, i32)> {
+/// The tokens of prompts whose log-probabilities the step gives.
+fn prompt_places(step: &[Scheduled], sequences: &[Sequence]) -> Vec<PromptPlace> {
     let mut places = Vec::new();
     let mut first_row = 0;
     for (i, part) in step.iter().enumerate() {
         let sequence = &sequences[part.sequence];
         let start = sequence.num_computed;
         let positions = sequence.unreported_positions(start..start + part.num_tokens);
-        places.extend(positions.map(|position| (i, position, (first_row + position - start) as i32)));
+        places.extend(positions.map(|position| PromptPlace {
+            part: i,
+            token_id: sequence.token_ids[position + 1],
+            top: sequence.prompt_top(),
+            row: first_row + position - start,
+        }));
         first_row += part.num_tokens;
     }
     places

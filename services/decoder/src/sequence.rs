@@ -116,6 +116,9 @@ pub struct Logprobs {
     pub top: Vec<TokenLogprob>,
 }
 
+/// Most of the likeliest tokens whose log-probabilities a request may ask for, as in the API of OpenAI.
+pub const MAX_LOGPROBS: u32 = 20;
+
 /// Most tokens in [`Event::PromptLogprobs`]: with 20 likely ones each, some 70 kB on the wire.
 pub const MAX_PROMPT_LOGPROBS: usize = 256;
 

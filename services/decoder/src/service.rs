@@ -5,7 +5,9 @@ use crate::{
     config::Config,
     engine::Engine,
     image_store::{ImageKey, ImageStore, ImageTokens, StoreError},
-    sequence::{Event, FinishReason, FirstToken, ImageSpan, Logprobs, Request as EngineRequest, SamplingParams, TokenLogprob},
+    sequence::{
+        Event, FinishReason, FirstToken, ImageSpan, Logprobs, MAX_LOGPROBS, Request as EngineRequest, SamplingParams, TokenLogprob,
+    },
 };
 use idefics_common::{
     channel::MAX_MESSAGE_BYTES,
@@ -36,8 +38,6 @@ use tonic::{Request, Response, Status};
 
 /// Full name of the service, for health.
 pub const SERVICE_NAME: &str = "idefics.decoder.v1.DecoderService";
-/// Most log-probabilities per position.
-const MAX_LOGPROBS: u32 = 20;
 /// Most ids with a bias, and the largest bias either way.
 const MAX_LOGIT_BIASES: usize = 1024;
 const MAX_LOGIT_BIAS: f32 = 100.0;

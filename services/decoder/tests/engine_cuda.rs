@@ -26,17 +26,19 @@ fn steps_ahead(engine: &Engine) -> usize {
     engine.stats().num_steps_ahead.load(Ordering::Relaxed)
 }
 
-/// Whoever wants log-probabilities has its tokens chosen on the host, from the same logits: step by step, none ahead.
+/// The tokens of a request with a min-p are chosen on the host, from the same logits: step by step, none ahead.
 #[tokio::test]
 #[ignore = "needs a CUDA device or its emulation"]
 async fn answers_are_those_of_steps_that_wait_for_each_other() {
     // So many blocks that their tables are widened twice.
     let (_folder, engine) = engine(Config { block_size_tokens: 1, ..large() });
-    let request =
-        |logprobs| Request { sampling: SamplingParams { logprobs, ..endless(vec![], 1).sampling }, ..endless((3..33).collect(), 120) };
-    let waiting = collect(engine.submit(&request(Some(0)), &Span::none())).await;
+    let request = |min_p| Request {
+        sampling: SamplingParams { min_p, logprobs: Some(3), ..endless(vec![], 1).sampling },
+        ..endless((3..33).collect(), 120)
+    };
+    let waiting = collect(engine.submit(&request(0.1), &Span::none())).await;
     assert_eq!((waiting.0.len(), steps_ahead(&engine)), (120, 0));
-    assert_eq!(collect(engine.submit(&request(None), &Span::none())).await, waiting);
+    assert_eq!(collect(engine.submit(&request(0.0), &Span::none())).await, waiting);
     assert_eq!(steps_ahead(&engine), 119);
 }
 

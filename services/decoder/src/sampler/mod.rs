@@ -74,12 +74,16 @@ impl Sampler {
         Some((token_id, self.params.logprobs.map(|n| logprobs(logits, token_id, n as usize))))
     }
 
-    /// How the next tokens are drawn, if logits, temperature, top-k and top-p say it all: no processor has a say, and nobody wants
-    /// log-probabilities.
+    /// How the next tokens are drawn, if logits, temperature, top-k and top-p say it all: no processor has a say.
     pub fn plain_draw(&self) -> Option<Draw> {
         let p = &self.params;
-        let plain = !self.history.matters(p) && p.logit_bias.is_empty() && p.min_p == 0.0 && p.typical_p == 1.0 && p.logprobs.is_none();
+        let plain = !self.history.matters(p) && p.logit_bias.is_empty() && p.min_p == 0.0 && p.typical_p == 1.0;
         plain.then_some(Draw { temperature: p.temperature, top_k: p.top_k, top_p: p.top_p })
+    }
+
+    /// How many of the likeliest tokens are wanted with each token's log-probability, if that is.
+    pub fn logprobs(&self) -> Option<usize> {
+        self.params.logprobs.map(|top| top as usize)
     }
 
     /// The bits that the next draws take, in order. They are used up only by [`accept`](Self::accept).
@@ -237,10 +241,9 @@ mod tests {
     fn draws_are_left_to_the_device_only_if_logits_say_it_all() {
         let plain = |params: SamplingParams| Sampler::new(params, &[1]).plain_draw();
         assert_eq!(plain(GREEDY), Some(Draw { temperature: 0.0, top_k: 0, top_p: 1.0 }));
-        let warm = SamplingParams { temperature: 0.7, top_k: 5, top_p: 0.9, stop_token_ids: vec![7], ..GREEDY };
+        let warm = SamplingParams { temperature: 0.7, top_k: 5, top_p: 0.9, stop_token_ids: vec![7], logprobs: Some(3), ..GREEDY };
         assert_eq!(plain(warm), Some(Draw { temperature: 0.7, top_k: 5, top_p: 0.9 }));
         for params in [
-            SamplingParams { logprobs: Some(0), ..GREEDY },
             SamplingParams { min_p: 0.1, ..GREEDY },
             SamplingParams { typical_p: 0.9, ..GREEDY },
             SamplingParams { repetition_penalty: 1.1, ..GREEDY },

@@ -280,6 +280,22 @@ impl Backend for Card {
         self.cpu.upload(&chosen.collect::<Vec<i32>>(), &mut lend(out))
     }
 
+    fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        let (vocab, top) = (logits.cols(), top_ids.cols());
+        let (mut ids, mut values) = (Vec::new(), Vec::new());
+        for (logits, token_id) in self.values::<f32>(logits)?.chunks_exact(vocab).zip(self.values::<i32>(token_ids)?) {
+            let log_sum = logits.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln();
+            let of = |id: usize| logits.get(id).map_or(f32::NAN, |logit| (f64::from(*logit) - log_sum) as f32);
+            let mut likeliest: Vec<usize> = (0..vocab).collect();
+            likeliest.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+            values.push(of(token_id as usize));
+            values.extend(likeliest[..top].iter().map(|id| of(*id)));
+            ids.extend(likeliest[..top].iter().map(|id| *id as i32));
+        }
+        self.cpu.upload(&ids, &mut lend(top_ids))?;
+        self.cpu.upload(&values, &mut lend(out))
+    }
+
     fn silu_and_mul(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
         self.cpu.silu_and_mul(&lend(x), &mut lend(out))
     }

@@ -262,7 +262,7 @@ async fn context_beyond_the_cache_is_refused_at_start() {
 }
 
 /// The log-probabilities of the prompt but its first token, then the answer of choice 0 with its own.
-async fn with_logprobs(mut events: UnboundedReceiver<Event>) -> (Vec<(u32, Logprobs)>, Vec<(u32, Logprobs)>) {
+pub(crate) async fn with_logprobs(mut events: UnboundedReceiver<Event>) -> (Vec<(u32, Logprobs)>, Vec<(u32, Logprobs)>) {
     let (mut prompt, mut answer) = (Vec::new(), Vec::new());
     while let Some(event) = events.recv().await {
         match event {
@@ -281,7 +281,7 @@ async fn with_logprobs(mut events: UnboundedReceiver<Event>) -> (Vec<(u32, Logpr
 /// Logits of size 1 from sums of some hundred products in f32, added in another order where tokens are computed together.
 const LOGPROB_TOLERANCE: f32 = 1e-4;
 
-fn assert_close(found: &[(u32, Logprobs)], expected: &[(u32, Logprobs)]) {
+pub(crate) fn assert_close(found: &[(u32, Logprobs)], expected: &[(u32, Logprobs)]) {
     assert_eq!(found.len(), expected.len());
     for (i, ((id, found), (expected_id, expected))) in found.iter().zip(expected).enumerate() {
         assert_eq!((id, found.top.len()), (expected_id, expected.top.len()), "place {i}");
