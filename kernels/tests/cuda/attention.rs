@@ -1,7 +1,7 @@
 //! Packed attention against softmax in f64, and what packed and paged attention have in common.
 
 use crate::{
-    common::Rng,
+    common::{Comparison, Rng},
     paged_attention::{Paged, paged},
     support::*,
 };
@@ -38,10 +38,15 @@ pub(crate) fn attend(q: &[f32], keys: &[&[f32]], values: &[&[f32]]) -> (Vec<Expe
     ((0..q.len()).map(column).collect(), scores.iter().fold(0.0, |a, b| a.max(b.abs())))
 }
 
-pub(crate) fn assert_attends(name: &str, found: &[f32], (expected, largest_score): (Vec<Expected>, f64)) {
+/// Adds one query of one head, which stands at `place`.
+pub(crate) fn assert_attends(
+    comparison: &mut Comparison,
+    place: std::fmt::Arguments<'_>,
+    found: &[f32],
+    (expected, largest_score): (Vec<Expected>, f64),
+) {
     for (j, (found, expected)) in found.iter().zip(expected).enumerate() {
-        let (error, allowed) = ((f64::from(*found) - expected.value).abs(), tolerance(expected, largest_score));
-        assert!(error <= allowed, "{name} column {j} is {found}, expected {}: off by {error:e}, allowed {allowed:e}", expected.value);
+        comparison.add(format_args!("{place} column {j}"), *found, expected.value, tolerance(expected, largest_score));
     }
 }
 
@@ -99,6 +104,7 @@ impl Packed<'_> {
         let found = read(cuda, &out);
         let covered = ends_q[0] as usize * shape.q_size()..ends_q[lens.len()] as usize * shape.q_size();
         assert!(found[..covered.start].iter().chain(&found[covered.end..]).all(|x| *x == 0.0), "{name}: rows of no sequence");
+        let mut comparison = Comparison::new(&format!("attention_varlen {name}"));
         for i in 0..lens.len() {
             let at = |row: i32, start: usize| &kv[row as usize * cols_kv + start..][..head_dim];
             for (row, head) in (ends_q[i]..ends_q[i + 1]).flat_map(|row| (0..num_heads).map(move |head| (row as usize, head))) {
@@ -107,7 +113,7 @@ impl Packed<'_> {
                 let values: Vec<&[f32]> = (ends_k[i]..ends_k[i + 1]).map(|t| at(t, first + shape.kv_size())).collect();
                 let expected = attend(&q[row * cols_q + pad_q + head * head_dim..][..head_dim], &keys, &values);
                 let found = &found[row * shape.q_size() + head * head_dim..][..head_dim];
-                assert_attends(&format!("{name}: row {row} head {head}"), found, expected);
+                assert_attends(&mut comparison, format_args!("row {row} head {head}"), found, expected);
             }
         }
     }

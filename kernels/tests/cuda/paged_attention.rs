@@ -2,7 +2,7 @@
 
 use crate::{
     attention::{HEAD_DIMS, assert_attends, attend, heads, starts},
-    common::Rng,
+    common::{Comparison, Rng},
     support::*,
 };
 use idefics_kernels::{AttentionShape, Backend, DType, GraphKey, KvCache, PagedAttention, Tensor, cuda::Cuda};
@@ -115,6 +115,7 @@ impl Paged {
         let found = read(cuda, &step.out);
         let AttentionShape { num_heads, num_kv_heads, head_dim } = self.shape;
         let kv_size = self.shape.kv_size();
+        let mut comparison = Comparison::new(&format!("paged_attention {name}"));
         let mut row = 0;
         for (i, (before, rows)) in self.spans.iter().enumerate() {
             let slot = |t: usize| data.tables[i * data.width + t / self.block_size] as usize * self.block_size + t % self.block_size;
@@ -126,7 +127,7 @@ impl Paged {
                     let values: Vec<&[f32]> = seen.clone().map(|t| &data.v[slot(t) * kv_size + start..][..head_dim]).collect();
                     let expected = attend(&data.qkv[row * self.cols() + head * head_dim..][..head_dim], &keys, &values);
                     let found = &found[row * self.shape.q_size() + head * head_dim..][..head_dim];
-                    assert_attends(&format!("{name}: position {position} of {i}, head {head}"), found, expected);
+                    assert_attends(&mut comparison, format_args!("position {position} of {i}, head {head}"), found, expected);
                 }
                 row += 1;
             }
