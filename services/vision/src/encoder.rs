@@ -131,17 +131,18 @@ impl Pipeline {
         let sub_images: Arc<[SubImage]> =
             grids.iter().map(|g| SubImage { width: g.width, height: g.height, patches: (g.rows * g.cols) as u32 }).collect();
         let output = move |encoded: Encoded| Output { encoded, sub_images, queued_at, preprocess_started_at, preprocessed_at };
-        let (pipeline, kept) = (Arc::downgrade(&self), output.clone());
+        let (pipeline, stats, kept) = (Arc::downgrade(&self), Arc::clone(self.engine.stats()), output.clone());
         // The engine's thread must not keep the engine alive, hence weak.
         let on_encoded = Box::new(move |encoded: &Encoded| {
+            let output = kept(encoded.clone());
+            stats.num_computed_images.fetch_add(1, Ordering::Relaxed);
+            metrics::computed(&timings(&output, queued_at));
             if let Some(pipeline) = pipeline.upgrade() {
-                pipeline.keep(id, kept(encoded.clone()));
+                pipeline.keep(id, output);
             }
         });
         let encoded = self.engine.encode(Picture { sub_images: grids, queue_permit, memory_permit, on_encoded }).await?;
-        let output = output(encoded);
-        metrics::computed(&timings(&output, queued_at));
-        Ok(output)
+        Ok(output(encoded))
     }
 
     /// Patches of a picture, made on a blocking thread. Both permits go there: a cancelled call gives them back when the

@@ -61,6 +61,8 @@ pub struct EngineStats {
     pub num_passes: AtomicU64,
     /// Sub-images in those passes.
     pub num_sub_images: AtomicU64,
+    /// Pictures that were computed, be it for nobody in the end.
+    pub num_computed_images: AtomicU64,
     /// Pictures that were given up because nobody waited for them any more, before their last pass.
     pub num_abandoned_images: AtomicU64,
     /// Calls that took part in the work for another one.

@@ -62,7 +62,7 @@ pub(crate) fn answered(source: Source) {
     counter!("idefics_vision_images_total", "source" => label).increment(1);
 }
 
-/// Records a picture that was computed, whichever of its calls saw it done.
+/// Records a picture that was computed, whichever of its calls saw it done, if any.
 pub(crate) fn computed(timings: &EncodeTimings) {
     counter!("idefics_vision_images_total", "source" => "computed").increment(1);
     histogram!("idefics_vision_preprocess_seconds").record(timings.preprocess_ms / 1e3);

@@ -13,6 +13,10 @@ fn num_abandoned(role: &Role) -> u64 {
     role.stats.num_abandoned_images.load(Ordering::Relaxed)
 }
 
+fn num_computed(role: &Role) -> u64 {
+    role.stats.num_computed_images.load(Ordering::Relaxed)
+}
+
 #[tokio::test]
 async fn others_get_what_the_first_caller_left() {
     let mut role = Role::gated(Config::default());
@@ -65,6 +69,8 @@ async fn complete_output_is_kept_though_its_caller_went_during_the_pass() {
     let found = role.encode(gone.clone()).await.unwrap();
     assert!(found.cached);
     assert_eq!((role.num_passes(), role.num_queued()), (2, 0));
+    // It was not given up: it counts as computed, though nobody saw it done.
+    assert_eq!((num_computed(&role), num_abandoned(&role)), (3, 0));
     let undisturbed = Role::open(Config::default());
     assert_close(&values(&beside), &values(&undisturbed.encode(kept).await.unwrap()));
     assert_close(&values(&found), &values(&undisturbed.encode(gone).await.unwrap()));
@@ -85,7 +91,7 @@ async fn incomplete_output_is_dropped_with_its_last_caller() {
     assert_eq!(role.entered().await, [1]);
     role.open_gate();
     assert!(kept.await.unwrap().is_ok());
-    assert_eq!((num_abandoned(&role), role.num_passes()), (1, 3));
+    assert_eq!((num_computed(&role), num_abandoned(&role), role.num_passes()), (1, 1, 3));
     let computed = role.encode(request_split).await.unwrap();
     assert_eq!((computed.cached, role.num_passes()), (false, 8));
 }
