@@ -18,7 +18,9 @@ use idefics_decoder::{
     sequence::{Event, FinishReason, Request, SamplingParams},
 };
 use idefics_kernels::cpu::{Cpu, CpuOptions};
-use requests::{GREEDY, collect, collect_choices, endless, large, requests, small, text};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use requests::{GREEDY, collect, collect_choices, endless, large, request, requests, small, text};
 use std::sync::atomic::Ordering;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::Span;
@@ -207,4 +209,102 @@ async fn cancelled_choices_end_while_a_step_of_theirs_is_in_flight() {
     assert_eq!(ends, [(0, FinishReason::Length), (1, FinishReason::Cancelled), (2, FinishReason::Cancelled)]);
     assert!(tokens.iter().all(|tokens| whole.starts_with(tokens)) && tokens[0] == whole);
     all_blocks_free(&engine).await;
+}
+
+/// When a caller changes its mind, counted in tokens of all its choices.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    CancelChoice { choice: usize, at: usize },
+    HangUp { at: usize },
+}
+
+/// What a caller has seen of each choice by the time it went, or at the end.
+async fn call(engine: Engine, request: Request, change: Option<Change>) -> Vec<(Vec<u32>, Option<FinishReason>)> {
+    let mut events = engine.submit(&request, &Span::none());
+    let (mut choices, mut num_tokens) = (vec![(Vec::new(), None); request.n], 0);
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Token { choice, token_id, .. } => {
+                assert_eq!(choices[choice].1, None, "a token of a choice that has ended");
+                choices[choice].0.push(token_id);
+                num_tokens += 1;
+                match change {
+                    Some(Change::HangUp { at }) if at == num_tokens => break,
+                    Some(Change::CancelChoice { choice, at }) if at == num_tokens => {
+                        engine.cancel_choice(request.request_id.clone(), choice);
+                    }
+                    _ => {}
+                }
+            }
+            Event::Finished { choice, reason, .. } => assert_eq!(choices[choice].1.replace(reason), None, "choice {choice} ended twice"),
+            other => panic!("{other:?}"),
+        }
+    }
+    choices
+}
+
+/// Requests of every kind in few blocks, some as long as the cache, whose callers cancel choices or hang up with a step in flight:
+/// each sees what it gets alone, or its beginning, and nothing is left but a cache that is right.
+#[tokio::test]
+async fn callers_that_go_at_any_time_leave_others_and_the_cache_alone() {
+    let mut all_ahead = 0;
+    for seed in 0..8 {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let block_size_tokens = rng.random_range(1..6);
+        // 512 bytes a token.
+        let max_tokens = rng.random_range(100..140) / block_size_tokens * block_size_tokens;
+        let (max_num_seqs, max_num_batched_tokens) = (rng.random_range(1..6), rng.random_range(7..40));
+        let config =
+            Config { kv_cache_bytes: 512 * max_tokens, block_size_tokens, max_num_seqs, max_num_batched_tokens, ..Config::default() };
+        let calls: Vec<(Request, Option<Change>)> = (0..14)
+            .map(|i| {
+                let sampling = SamplingParams {
+                    temperature: if rng.random_bool(0.5) { 1.0 } else { 0.0 },
+                    seed: i,
+                    stop_token_ids: (0..rng.random_range(0..4)).map(|_| rng.random_range(3..40)).collect(),
+                    min_new_tokens: rng.random_range(0..4),
+                    ..GREEDY
+                };
+                let with_image = rng.random_bool(0.3);
+                let request = request(&mut rng, with_image, sampling);
+                let n = rng.random_range(1..4);
+                let max_new_tokens = if rng.random_bool(0.3) { max_tokens - request.token_ids.len() } else { rng.random_range(1..24) };
+                let change = match rng.random_range(0..4) {
+                    0 => Some(Change::CancelChoice { choice: rng.random_range(0..n), at: rng.random_range(1..12) }),
+                    1 => Some(Change::HangUp { at: rng.random_range(1..12) }),
+                    _ => None,
+                };
+                (Request { request_id: i.to_string(), n, max_new_tokens, priority: rng.random_range(-10..=10), ..request }, change)
+            })
+            .collect();
+        let (_folder, unhurried) = engine_on(backend(), large());
+        let mut alone = Vec::new();
+        for (request, _) in &calls {
+            alone.push(call(unhurried.clone(), request.clone(), None).await);
+        }
+        let (_folder, engine) = engine_on(backend(), config);
+        let running: Vec<_> = calls.iter().map(|(request, change)| tokio::spawn(call(engine.clone(), request.clone(), *change))).collect();
+        for ((call, (_, change)), alone) in running.into_iter().zip(&calls).zip(&alone) {
+            for (choice, (found, alone)) in call.await.unwrap().into_iter().zip(alone).enumerate() {
+                let cut = match change {
+                    Some(Change::HangUp { .. }) => true,
+                    Some(Change::CancelChoice { choice: cancelled, .. }) => {
+                        *cancelled == choice && found.1 == Some(FinishReason::Cancelled)
+                    }
+                    None => false,
+                };
+                let right = found == *alone || cut && alone.0.starts_with(&found.0);
+                assert!(right, "seed {seed}, choice {choice}, {change:?}: {found:?} for {alone:?}");
+            }
+        }
+        all_blocks_free(&engine).await;
+        while engine.stats().num_sequences.load(Ordering::Relaxed) > 0 {
+            tokio::task::yield_now().await;
+        }
+        for ((request, _), alone) in calls.into_iter().zip(alone) {
+            assert_eq!(call(engine.clone(), request, None).await, alone, "seed {seed}: from what is in the cache");
+        }
+        all_ahead += steps_ahead(&engine);
+    }
+    assert!(all_ahead > 1000, "{all_ahead} steps ahead");
 }
