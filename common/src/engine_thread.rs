@@ -83,11 +83,13 @@ mod tests {
         struct Engine(mpsc::Sender<()>);
         impl Drop for Engine {
             fn drop(&mut self) {
-                drop(self.0.send(()));
+                let _ = self.0.send(());
             }
         }
         let ((gone_sender, gone), (end, ended)) = (mpsc::channel(), mpsc::channel::<()>());
-        let run = move |_engine: Engine| drop(ended.recv());
+        let run = move |_engine: Engine| {
+            let _ = ended.recv();
+        };
         drop(start("engine", move || Ok::<_, String>(Engine(gone_sender)), run, |what| what).unwrap());
         assert!(!wait_for_end(Duration::ZERO), "it runs");
         drop(end);
