@@ -47,7 +47,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 }
 
 /// Longest time that the process waits for its engines to give the device back.
-const ENGINES_END: Duration = Duration::from_secs(10);
+const ENGINES_END: Duration = Duration::from_secs(3);
 
 /// Runs `work` and returns when it is done and its engines are gone, even if a thread is still stuck in a load that nobody waits for
 /// any more.
