@@ -164,8 +164,9 @@ impl Event {
         check("an event cannot be recorded", unsafe { result::event::record(self.handle, self.stream.handle) })
     }
 
-    /// Waits until the stream has passed it; at once if it was never recorded.
+    /// Waits until the stream has passed it; at once if it was never recorded. From any thread.
     pub(crate) fn wait(&self) -> Result<()> {
+        self.stream.device.bind()?;
         // SAFETY: the event lives as long as `self`.
         check("the card failed", unsafe { result::event::synchronize(self.handle) })
     }

@@ -102,3 +102,18 @@ fn downloads_have_what_was_there_when_they_were_begun() {
     last.wait(&mut found[0]).unwrap();
     assert_eq!(found[0], [11, 22, 33, 44]);
 }
+
+/// A thread has no context of the card until somebody makes it current there.
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn downloads_arrive_on_other_threads() {
+    let cuda = open();
+    let tensor = elements(&cuda, 4, 1, &[1, 2, 3, 4]);
+    let download = cuda.begin_download::<i32>(&tensor).unwrap();
+    let wait = || {
+        let mut found = [0; 4];
+        download.wait(&mut found).map(|()| found)
+    };
+    let found = std::thread::scope(|scope| scope.spawn(wait).join().unwrap());
+    assert_eq!(found.unwrap(), [1, 2, 3, 4]);
+}
