@@ -126,7 +126,10 @@ impl Downloads {
             },
         };
         let mut arriving = Arriving { landing: Some(landing), landings: self.landings.clone() };
-        if let Some(Landing { memory, copied }) = &mut arriving.landing {
+        // A tensor of no elements may have no memory that the driver would take the address of.
+        if bytes > 0
+            && let Some(Landing { memory, copied }) = &mut arriving.landing
+        {
             // SAFETY: the memory is read behind `copied` only. It may be on its way for a download that was dropped: then that copy
             // comes first in the stream. `src` has as many bytes as its owner says.
             let queued = unsafe { result::memcpy_dtoh_async(&mut memory.bytes_mut()[..bytes], src, self.stream.handle()) };

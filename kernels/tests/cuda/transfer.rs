@@ -93,6 +93,9 @@ fn downloads_have_what_was_there_when_they_were_begun() {
     second.wait(&mut found[1]).unwrap();
     assert_eq!(found, [[1, 2, 3, 4], [50, 60, 70, 80], [9, 8, 7, 6]]);
 
+    let nothing = cuda.alloc(0, 1, DType::I32).unwrap();
+    cuda.begin_download::<i32>(&nothing).unwrap().wait(&mut []).unwrap();
+
     let error = |download: idefics_kernels::Download<i32>| download.wait(&mut [0; 3]).unwrap_err().to_string();
     assert!(error(begin(&mut out, &[0; 4])).contains("expected 4 elements on the host, found 3"));
     assert!(cuda.begin_download::<f32>(&out).is_err());
