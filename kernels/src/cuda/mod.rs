@@ -39,7 +39,7 @@ use std::{
 };
 
 /// How a [`Cuda`] is opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct CudaOptions {
     /// Which card, as the driver counts them (`CUDA_VISIBLE_DEVICES` renumbers them).
     pub ordinal: usize,
@@ -47,6 +47,16 @@ pub struct CudaOptions {
     pub cache_folder: Option<PathBuf>,
     /// Which kernels compute attention over many queries.
     pub attention: AttentionKernels,
+    /// Whether a kernel may start while those ahead of it still run (programmatic dependent launch, compute capability 9.0 and above),
+    /// also in graphs. Without it results are the same; it is there to be measured, and to be ruled out as a cause.
+    pub early_launch: bool,
+}
+
+impl Default for CudaOptions {
+    /// The first card, with all that it can do.
+    fn default() -> Self {
+        Self { ordinal: 0, cache_folder: None, attention: AttentionKernels::default(), early_launch: true }
+    }
 }
 
 /// One card as a [`Backend`]: a stream, its kernels, and the memory that ops need besides their tensors. Engines in one process
@@ -71,7 +81,7 @@ impl Cuda {
     pub fn open(options: &CudaOptions) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
         let stream = Stream::new(device)?;
-        let modules = Modules::load(&stream, &CubinCache::new(options.cache_folder.clone()))?;
+        let modules = Modules::load(&stream, &CubinCache::new(options.cache_folder.clone()), options.early_launch)?;
         Ok(Self {
             linear: linear::Linear::new(&stream)?,
             attention: attention::Attention::new(&stream, options.attention)?,

@@ -15,8 +15,8 @@ use std::{
     thread,
 };
 
-/// From this compute capability on a kernel may start while those ahead of it run: `griddepcontrol` of `cu/common.cuh`.
-const OVERLAPPING: (i32, i32) = (9, 0);
+/// From this compute capability on a kernel can start while those ahead of it run: `griddepcontrol` of `cu/common.cuh`.
+const EARLY_LAUNCH: (i32, i32) = (9, 0);
 
 /// Most parameters of a kernel.
 const MAX_PARAMETERS: usize = 24;
@@ -24,6 +24,7 @@ const MAX_PARAMETERS: usize = 24;
 /// Every kernel that the card can run, compiled and loaded.
 pub(crate) struct Modules {
     stream: Arc<Stream>,
+    early_launch: bool,
     modules: Vec<sys::CUmodule>,
     functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
 }
@@ -34,8 +35,9 @@ unsafe impl Send for Modules {}
 unsafe impl Sync for Modules {}
 
 impl Modules {
-    /// Compiles what the cache lacks, all sources for this card at once, and loads them.
-    pub(crate) fn load(stream: &Arc<Stream>, cache: &CubinCache) -> Result<Self> {
+    /// Compiles what the cache lacks, all sources for this card at once, and loads them. With `early_launch` a kernel may start while
+    /// those ahead of it run, if the card can.
+    pub(crate) fn load(stream: &Arc<Stream>, cache: &CubinCache, early_launch: bool) -> Result<Self> {
         let compute_capability = stream.device().compute_capability;
         let sources = || SOURCES.iter().filter(|source| source.is_for(compute_capability));
         let compiled = thread::scope(|scope| {
@@ -44,7 +46,8 @@ impl Modules {
             jobs.into_iter().map(|job| job.join().unwrap_or_else(ended)).collect::<Result<Vec<_>>>()
         })?;
         stream.device().bind()?;
-        let mut loaded = Self { stream: Arc::clone(stream), modules: Vec::new(), functions: Mutex::default() };
+        let early_launch = early_launch && compute_capability >= EARLY_LAUNCH;
+        let mut loaded = Self { stream: Arc::clone(stream), early_launch, modules: Vec::new(), functions: Mutex::default() };
         for (source, compiled) in sources().zip(&compiled) {
             // SAFETY: NVRTC's image, which says itself how long it is.
             let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) };
@@ -58,6 +61,7 @@ impl Modules {
         let function = self.function(name)?;
         Ok(Launch {
             stream: &self.stream,
+            early: self.early_launch,
             name,
             function,
             grid: [1; 3],
@@ -101,6 +105,7 @@ impl Drop for Modules {
 /// One launch. Parameters are given in the kernel's order.
 pub(crate) struct Launch<'a> {
     stream: &'a Stream,
+    early: bool,
     name: &'static str,
     function: sys::CUfunction,
     grid: [usize; 3],
@@ -147,7 +152,7 @@ impl Launch<'_> {
         self
     }
 
-    /// Queues it. Where the card can, its blocks start before the kernels ahead have ended, and wait for those themselves (programmatic
+    /// Queues it. If it may be early, its blocks start before the kernels ahead have ended, and wait for those themselves (programmatic
     /// dependent launch); a capture makes a programmatic edge of that. Behind a copy, or ahead of one, the stream's order is as ever.
     ///
     /// # Safety
@@ -165,7 +170,7 @@ impl Launch<'_> {
         // A slot holds an `int` or `float` in its lower bytes, which come first on every host that CUDA has.
         let slots = self.parameters.as_mut_ptr();
         let mut pointers: [*mut c_void; MAX_PARAMETERS] = std::array::from_fn(|i| slots.wrapping_add(i).cast());
-        let mut overlap = sys::CUlaunchAttribute {
+        let mut early = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
@@ -180,8 +185,8 @@ impl Launch<'_> {
             blockDimZ: 1,
             sharedMemBytes: self.shared_bytes as u32,
             hStream: self.stream.handle(),
-            attrs: &mut overlap,
-            numAttrs: u32::from(self.stream.device().compute_capability >= OVERLAPPING),
+            attrs: &mut early,
+            numAttrs: u32::from(self.early),
         };
         // SAFETY: the caller's promise; the function belongs to a module that lives as long as `self`; every kernel waits for what is
         // ahead of it before it touches what others write.

@@ -8,8 +8,10 @@ use crate::{
 use half::bf16;
 use idefics_kernels::{
     AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, SwigluScratch, Tensor,
-    VarlenAttention, cuda::Cuda,
+    VarlenAttention,
+    cuda::{Cuda, CudaOptions},
 };
+use std::mem::swap;
 
 /// A tensor that is filled by a kernel, with one of two contents.
 struct Input {
@@ -258,4 +260,36 @@ fn recorded_kernels_wait_for_those_ahead() {
         };
         cuda.graphed(key, &mut ops).unwrap();
     });
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn kernels_start_early_only_with_early_launch() {
+    for early_launch in [false, true] {
+        let cuda = &Cuda::open(&CudaOptions { early_launch, ..CudaOptions::default() }).unwrap();
+        let (x, ones) = (tensor(cuda, 1, 8, &[1.0; 8]), tensor(cuda, 16, 8, &[1.0; 16 * 8]));
+        let rows: Vec<i32> = (0..16).collect();
+        let rows = indices(cuda, &rows);
+        let mut written = cuda.alloc(16, 8, DType::Bf16).unwrap();
+        let mut weight = weights(&mut Rng(3), DType::Bf16, &[&[16, 8]]).load(cuda);
+        let mut out = poisoned(cuda, 1, 16, DType::Bf16);
+        let key = GraphKey { name: "early launch", sizes: [0; 3] };
+        // A product fetches weights before it waits. No op writes any, so that this one sees whether the kernel ahead had ended.
+        for turn in ["launched", "recorded", "replayed"] {
+            write(cuda, &[0.0; 16 * 8], &mut written);
+            let mut ops = || {
+                cuda.gather_rows(&ones, &rows, &mut written)?;
+                swap(&mut written.storage, &mut weight.storage);
+                let queued = cuda.linear(&x, &weight, None, Epilogue::Store, &mut out);
+                swap(&mut written.storage, &mut weight.storage);
+                queued
+            };
+            cuda.graphed(key, &mut ops).unwrap();
+            let waited = read(cuda, &out) == [8.0; 16];
+            assert!(waited || early_launch, "{turn}: started early");
+            // A card may do so, its emulation does.
+            let does = cuda.device_name() == "host emulation" && cuda.compute_capability() >= (9, 0);
+            assert!(!waited || !early_launch || !does, "{turn}: did not start early");
+        }
+    }
 }

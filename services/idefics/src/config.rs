@@ -3,7 +3,7 @@
 use crate::device::Device;
 use idefics_common::{config::Validate, serve::ServerConfig, telemetry::LogFormat};
 use idefics_gateway::GatewayConfig;
-use idefics_kernels::cuda::AttentionKernels;
+use idefics_kernels::cuda::{AttentionKernels, CudaOptions};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -44,7 +44,7 @@ impl Default for LogConfig {
 }
 
 /// Section `backend`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct BackendConfig {
     /// `auto`, `cpu` or `cuda:N`.
@@ -53,6 +53,22 @@ pub(crate) struct BackendConfig {
     pub(crate) kernel_cache: Option<PathBuf>,
     /// CUDA kernels for attention over many queries: `auto`, `mma` or `wgmma`.
     pub(crate) attention: AttentionKernels,
+    /// Whether a CUDA kernel may start while those ahead of it still run (programmatic dependent launch).
+    pub(crate) early_launch: bool,
+}
+
+impl Default for BackendConfig {
+    fn default() -> Self {
+        let CudaOptions { cache_folder, attention, early_launch, .. } = CudaOptions::default();
+        Self { device: Device::default(), kernel_cache: cache_folder, attention, early_launch }
+    }
+}
+
+impl BackendConfig {
+    /// How the card `ordinal` is opened.
+    pub(crate) fn cuda(&self, ordinal: usize) -> CudaOptions {
+        CudaOptions { ordinal, cache_folder: self.kernel_cache.clone(), attention: self.attention, early_launch: self.early_launch }
+    }
 }
 
 /// Section `cpu`.

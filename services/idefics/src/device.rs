@@ -1,6 +1,6 @@
 //! Which processor computes: chosen by `--device`, opened once per engine.
 
-use crate::config::{BackendConfig, Config};
+use crate::config::Config;
 use anyhow::{Context, Result};
 use idefics_kernels::{
     cpu::{Cpu, CpuOptions},
@@ -81,8 +81,7 @@ impl Processor {
     /// If it cannot be used. `auto` takes the CPU instead and says why.
     pub(crate) fn open(config: &Config) -> Result<Self> {
         let cuda = |ordinal| {
-            let BackendConfig { kernel_cache, attention, .. } = &config.backend;
-            let options = CudaOptions { ordinal, cache_folder: kernel_cache.clone(), attention: *attention };
+            let options = config.backend.cuda(ordinal);
             Cuda::open(&options).map(|cuda| Self::Cuda { opened: Some(Box::new(cuda)), options })
         };
         match config.backend.device {
@@ -151,6 +150,7 @@ impl StartEngine for idefics_vision::EngineOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::BackendConfig;
     use idefics_kernels::cuda::AttentionKernels;
     use serde_json::json;
 
@@ -175,5 +175,14 @@ mod tests {
             assert!(read(bad).unwrap_err().to_string().contains("expected one of `auto`, `mma`, `wgmma`"), "{bad}");
             assert!(bad.parse::<AttentionKernels>().unwrap_err().contains("expected auto, mma or wgmma"), "{bad}");
         }
+    }
+
+    #[test]
+    fn early_launch_is_on_unless_the_configuration_says_no() {
+        let read = |section| serde_json::from_value::<BackendConfig>(section).map(|config| config.cuda(1).early_launch);
+        for (section, early) in [(json!({}), true), (json!({ "early_launch": true }), true), (json!({ "early_launch": false }), false)] {
+            assert_eq!(read(section).unwrap(), early);
+        }
+        assert!(read(json!({ "early_launch": "sometimes" })).unwrap_err().to_string().contains("expected a boolean"));
     }
 }

@@ -8,7 +8,7 @@ mod vision;
 
 use anyhow::{Context, Result};
 use cases::{DecodeCase, Device, PictureCase};
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use idefics_common::checkpoint::{Checkpoint, Source};
 use idefics_kernels::{
     Backend,
@@ -36,6 +36,9 @@ struct Cli {
     /// CUDA kernels for attention over many queries: auto, mma or wgmma
     #[arg(long, value_name = "KERNELS", default_value = "auto")]
     attention: AttentionKernels,
+    /// Whether a CUDA kernel may start while those ahead of it still run: true or false
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    early_launch: bool,
     /// Threads of the CPU backend [default: one per processor]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -122,7 +125,8 @@ fn run(cli: &Cli) -> Result<Report> {
             measure(cli, &model, || Ok(cpu.clone()))
         }
         Device::Cuda(ordinal) => {
-            let options = CudaOptions { ordinal, cache_folder: cli.kernel_cache.clone(), attention: cli.attention };
+            let Cli { attention, early_launch, .. } = *cli;
+            let options = CudaOptions { ordinal, cache_folder: cli.kernel_cache.clone(), attention, early_launch };
             measure(cli, &model, || Cuda::open(&options).with_context(|| format!("cuda:{ordinal} cannot be used")))
         }
     }
@@ -164,6 +168,16 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn early_launch_can_be_turned_off() {
+        let parse = |flags: &[&str]| {
+            Cli::try_parse_from(["idefics-engine-bench", "--model", "model"].iter().chain(flags)).map(|cli| cli.early_launch)
+        };
+        assert!(parse(&[]).unwrap() && parse(&["--early-launch", "true"]).unwrap());
+        assert!(!parse(&["--early-launch", "false"]).unwrap());
+        assert!(parse(&["--early-launch"]).is_err());
     }
 
     #[test]
