@@ -75,6 +75,11 @@ def find(lines, **fields):
     return next((line for line in lines or [] if all(line.get(key) == value for key, value in fields.items())), {})
 
 
+def measured_with(lines, changed):
+    """The lines of the run of `idefics-engine-bench` that changed these flags; without any, those of `transformers` too."""
+    return [line for line in lines or [] if line.get("changed", {}) == changed]
+
+
 def ratio(a, b):
     return a / b if a and b else None
 
@@ -86,9 +91,8 @@ def speed_rows(plan, work, engine, peer):
     floor = lambda flop=0, nbytes=0: 1e3 * max(flop / matmul, nbytes / copy) if copy and matmul else None
     rows = []
 
-    # What was measured again with --attention mma.
-    by_mma = [line for line in engine or [] if line.get("attention") == "mma"]
-    engine = [line for line in engine or [] if "attention" not in line]
+    by_mma, late = measured_with(engine, {"attention": "mma"}), measured_with(engine, {"early-launch": "false"})
+    engine = measured_with(engine, {})
 
     def mma_row(what, case, key):
         ms = find(by_mma, **case).get(key)
@@ -107,6 +111,9 @@ def speed_rows(plan, work, engine, peer):
         case = {"kind": "decode", "batch": batch, "context": context}
         nbytes = work.decode_bytes + batch * context * work.token_bytes
         rows.append((f"decode step {batch} x {context}", find(engine, **case).get("ms"), find(peer, **case).get("ms"), floor(nbytes=nbytes)))
+        late_ms = find(late, **case).get("ms")
+        if late_ms:
+            rows.append((f"  {batch} x {context} without early launch", late_ms, None, None))
     static = {"kind": "decode_static", "batch": 1, "context": plan.static_context}
     rows.append((f"  beside a static cache", find(engine, kind="decode", batch=1, context=plan.static_context).get("ms"), find(peer, **static).get("ms"), None))
     return [{"what": what, "ours_ms": a, "theirs_ms": b, "floor_ms": c} for what, a, b, c in rows]
@@ -151,7 +158,7 @@ def table(plan, work, results):
     if "copy_bytes_per_s" in roofs:
         lines.append(f"{roofs['device']}: copy {roofs['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {roofs['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s")
     for name in ("engine", "peer"):
-        loads = [f"{line['engine']} {line['seconds']:.1f} s" for line in results.get(name) or [] if line["kind"] == "load" and "seconds" in line and "attention" not in line]
+        loads = [f"{line['engine']} {line['seconds']:.1f} s" for line in measured_with(results.get(name), {}) if line["kind"] == "load" and "seconds" in line]
         if loads:
             lines.append(f"load, {'idefics' if name == 'engine' else 'transformers'}: {', '.join(loads)}")
     if work and (results.get("engine") or results.get("peer")):

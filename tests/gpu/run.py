@@ -89,22 +89,32 @@ def ops(bench, log):
 
 
 def engine(bench, log):
-    """The engines alone; pictures and prompts once more with the attention of older cards."""
-    plan, lines, mma_lines = bench.plan, [], []
+    """The engines alone; decoding once more without early launches, pictures and prompts with the attention of older cards."""
+    plan, lines, failures = bench.plan, [], []
     pictures = ["--pictures", ",".join(picture.name for picture in plan.speed_pictures)]
+    prefill = ["--prefill", ",".join(map(str, plan.prefill_tokens))]
     command = [
-        bench.binary("idefics-engine-bench"), "--model", bench.checkpoint("speed"), "--device", bench.device, "--repeats", plan.repeats,
-        "--prefill", ",".join(map(str, plan.prefill_tokens)), "--max-num-seqs", plan.max_num_seqs, "--max-num-batched-tokens", plan.max_num_batched_tokens,
+        bench.binary("idefics-engine-bench"), "--model", bench.checkpoint("speed"), "--device", bench.device, "--repeats", plan.repeats, "--steps", plan.steps,
+        "--max-num-seqs", plan.max_num_seqs, "--max-num-batched-tokens", plan.max_num_batched_tokens,
     ]
-    decode = ["--decode", ",".join(f"{batch}x{context}" for batch, context in plan.decode), "--steps", plan.steps]
-    try:
-        run_logged([*command, *pictures, *decode], log, bench.left(), json_lines(lines))
-        if bench.device.startswith("cuda"):
-            run_logged([*command, *pictures, "--attention", "mma"], log, bench.left(), json_lines(mma_lines))
-    finally:
-        lines += [{**line, "attention": "mma"} for line in mma_lines]
-        # What was measured counts, whatever came after.
-        bench.partial["engine"] = lines
+    decode = lambda *cases: ["--decode", ",".join(f"{batch}x{context}" for batch, context in cases)]
+    runs = [({}, [*pictures, *prefill, *decode(*plan.decode)])]
+    if bench.device.startswith("cuda"):
+        runs += [({"early-launch": "false"}, decode(plan.decode[0])), ({"attention": "mma"}, [*pictures, *prefill])]
+    # What was measured counts, whatever comes after.
+    bench.partial["engine"] = lines
+    for changed, measured in runs:
+        found = []
+        try:
+            run_logged([*command, *measured, *(f"--{flag}={value}" for flag, value in changed.items())], log, bench.left(), json_lines(found))
+        except Failed as error:
+            # What fails may work with the change, which says where to look.
+            failures.append(f"{error}{f' with {changed}' if changed else ''}")
+        lines += [{**line, "changed": changed} for line in found]
+        if bench.left() <= 0:
+            break
+    if failures:
+        raise Failed("; ".join(failures))
     return lines
 
 
