@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, Idefics2ForConditionalGeneration
 
 import cases
@@ -70,6 +71,9 @@ def image_tokens(model, values, mask):
 
 
 def parity(options, plan):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        # Its f32 gives patches on the border of two positions the one before: not what the published model computes.
+        raise SystemExit(f"transformers is {transformers.__version__}, whose patch positions are wrong in f32; expected 5.17 or later")
     prompts, arrays = json.loads(options.prompts.read_text()), {}
     for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
         model = load(options.checkpoint, dtype, options.device, options.wrong)
