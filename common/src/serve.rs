@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, OnceLock},
     time::Duration,
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Mutex};
 use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
@@ -69,6 +69,16 @@ pub struct ServerHandle {
     reporter: HealthReporter,
     services: Vec<&'static str>,
     routes: Arc<OnceLock<Routes>>,
+    reported: Arc<Mutex<Option<Health>>>,
+}
+
+/// What health was last told.
+#[derive(Clone, Copy, PartialEq)]
+enum Health {
+    Serving,
+    NotServing,
+    /// Not serving, and never again.
+    Ended,
 }
 
 impl ServerHandle {
@@ -79,9 +89,19 @@ impl ServerHandle {
         }
     }
 
-    /// Reports every service, and the process as a whole, as serving or not.
+    /// Reports every service, and the process as a whole, as serving or not. Watchers hear of it if it is news; once the server
+    /// shuts down, nothing is.
     pub async fn set_serving(&self, serving: bool) {
-        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.report(if serving { Health::Serving } else { Health::NotServing }).await;
+    }
+
+    async fn report(&self, health: Health) {
+        let mut reported = self.reported.lock().await;
+        if *reported == Some(Health::Ended) || *reported == Some(health) {
+            return;
+        }
+        *reported = Some(health);
+        let status = if health == Health::Serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in self.services.iter().copied().chain([""]) {
             self.reporter.set_service_status(service, status).await;
         }
@@ -136,7 +156,7 @@ impl RoleServer {
         let listener = listen::bind(&config.grpc_addr, "--grpc-addr").await?;
         let infrastructure_ended = CancellationToken::new();
         let (reporter, base) = infrastructure::routes(infrastructure_ended.clone());
-        let handle = ServerHandle { reporter, services, routes: Arc::default() };
+        let handle = ServerHandle { reporter, services, routes: Arc::default(), reported: Arc::default() };
         handle.set_serving(false).await;
         Ok(Self { listener, config, base, handle, infrastructure_ended })
     }
@@ -188,7 +208,7 @@ impl RoleServer {
         let stop = shutdown.stop_accepting.clone();
         let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, async move {
             stop.cancelled().await;
-            handle.set_serving(false).await;
+            handle.report(Health::Ended).await;
             infrastructure_ended.cancel();
         });
         tokio::select! {

@@ -82,9 +82,25 @@ async fn shutdown_ends_health_and_reflection_streams() {
 
     server.shutdown.stop_accepting.cancel();
     assert_eq!(watcher.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    // An engine that becomes ready now does not bring the server back.
+    server.handle.set_serving(true).await;
     assert_eq!(watcher.message().await.unwrap_err().code(), Code::Unavailable);
     assert_eq!(answers.message().await.unwrap_err().code(), Code::Unavailable);
     server.ended().await;
+}
+
+#[tokio::test]
+async fn watchers_of_health_hear_only_news() {
+    let server = Running::start().await;
+    let mut client = HealthClient::new(server.channel().await);
+    let request = HealthCheckRequest { service: "test.Service".into() };
+    let mut watcher = client.watch(request.clone()).await.unwrap().into_inner();
+    assert_eq!(watcher.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    server.handle.set_serving(true).await;
+    // What a watcher is sent comes before the answer to a later call on its connection.
+    assert_eq!(client.check(request).await.unwrap().into_inner().status(), ServingStatus::Serving);
+    server.handle.set_serving(false).await;
+    assert_eq!(watcher.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
 }
 
 /// Answers `Encode` when it is told to.
