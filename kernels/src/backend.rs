@@ -223,19 +223,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
     }
 
     /// Copies values into tensors that [`alloc_packed`](Self::alloc_packed) gave together, and shapes these to them; in one copy where
-    /// each would cost. Where a tensor then lies depends on the shapes of `uploads` and on nothing else. Tensors that are not among
-    /// them hold nothing any more.
+    /// each would cost. Tensors that are not among them hold nothing any more.
+    ///
+    /// Where the tensors then lie depends on the shapes of `uploads` and on the number that is returned, one of a few: both belong
+    /// to the key of what is [`graphed`](Self::graphed) with them.
     ///
     /// # Errors
     /// If types differ, there are more elements than were allocated, or the device fails.
-    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<()> {
-        uploads.iter_mut().try_for_each(|upload| {
+    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<usize> {
+        for upload in uploads {
             upload.tensor.set_shape(upload.rows()?, upload.cols)?;
             match upload.values {
-                Values::F32(values) => self.upload(values, upload.tensor),
-                Values::I32(values) => self.upload(values, upload.tensor),
+                Values::F32(values) => self.upload(values, upload.tensor)?,
+                Values::I32(values) => self.upload(values, upload.tensor)?,
             }
-        })
+        }
+        Ok(0)
     }
 
     /// Runs `f`. A backend with graphs records its ops at the first sight of `key` and replays them after, so `f` must do

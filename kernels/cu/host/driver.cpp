@@ -2,13 +2,15 @@
 // much of the driver API as this project calls, under the names of CUDA 13.
 //
 // It is as late as a card may be: work is done when somebody waits for it and not before, so that host memory which is written or
-// freed too early shows. And it is as early: of a kernel that is launched with programmatic stream serialization a block runs up to
+// freed too early shows. And it is as early: of a stream of copies every other one is done at once, so that memory which other
+// streams still read shows; of a kernel that is launched with programmatic stream serialization a block runs up to
 // griddepcontrol.wait before the kernels ahead of it do, so that what touches memory too early shows. Fresh memory is poisoned,
 // freed memory is given back at once. What a card forbids is an error here: calls that a capture does not allow, calls without a
 // context, blocks with more shared memory than their kernel was given. What it may do anything about ends the process: copies that
 // leave their allocation, code that is unloaded under its graphs, a context that is released while something made in it lives.
 #include <chrono>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <set>
 
@@ -40,17 +42,18 @@ struct Queued {
   cuemu::Early early;
 };
 
-struct Stream {
-  std::recursive_mutex lock;
+struct Stream : std::enable_shared_from_this<Stream> {
   std::deque<Queued> waiting;
   uint64_t queued = 0, done = 0;
   bool capturing = false, invalidated = false;
+  bool has_kernels = false;  // or had
+  uint64_t copies = 0;       // to the device
   std::thread::id capturer;
   std::vector<Work> captured;
 };
 
 struct Event {
-  Stream* stream = nullptr;
+  std::shared_ptr<Stream> stream;
   uint64_t place = 0;  // how much of the stream lies before it
   std::chrono::steady_clock::time_point time;
 };
@@ -58,26 +61,31 @@ struct Event {
 // What has a destructor is never destroyed: threads of the program may outlive its main function.
 int context_object;
 thread_local void* current_context = nullptr;
-Stream& null_stream = *new Stream;
+std::shared_ptr<Stream>& null_stream = *new std::shared_ptr<Stream>(new Stream);
+
+// One for all streams, since work of one may do that of another first.
+std::recursive_mutex& streams_lock = *new std::recursive_mutex;
+using Guard = std::lock_guard<std::recursive_mutex>;
 
 std::mutex objects_lock;
 int retained = 0;
-std::set<Stream*>& streams = *new std::set<Stream*>;
+std::set<std::shared_ptr<Stream>>& streams = *new std::set<std::shared_ptr<Stream>>;
 // Of everything else that is made in the context: how many there are.
 std::atomic<int> modules{0}, events{0}, graphs{0}, graph_instances{0};
 
 // Handles 0 to 2 are the null stream, legacy and per thread.
-Stream& stream_of(void* handle) { return (uintptr_t)handle < 3 ? null_stream : *(Stream*)handle; }
+Stream& stream_of(void* handle) { return (uintptr_t)handle < 3 ? *null_stream : *(Stream*)handle; }
 
 Result enqueue(void* stream, Work work) {
   if (!current_context) return INVALID_CONTEXT;
   Stream& s = stream_of(stream);
-  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  Guard guard(streams_lock);
   if (s.capturing) {
     // What comes first in a graph waits for all that is ahead of the graph.
     if (s.captured.empty()) work.may_overlap = false;
     s.captured.push_back(std::move(work));
   } else {
+    s.has_kernels |= work.is_kernel;
     s.waiting.push_back({std::move(work), {}});
     s.queued++;
   }
@@ -102,7 +110,7 @@ void start_early(Stream& s, size_t count) {
 
 // Does what was queued up to a place.
 void run(Stream& s, uint64_t place) {
-  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  Guard guard(streams_lock);
   for (; s.done < place; s.done++) {
     start_early(s, place - s.done);
     auto& [work, early] = s.waiting.front();
@@ -114,7 +122,7 @@ void run(Stream& s, uint64_t place) {
   }
 }
 void run(Stream& s) {
-  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  Guard guard(streams_lock);
   run(s, s.queued);
 }
 
@@ -122,7 +130,7 @@ void run(Stream& s) {
 Result not_captured() {
   if (!current_context) return INVALID_CONTEXT;
   std::lock_guard<std::mutex> guard(objects_lock);
-  for (Stream* s : streams) {
+  for (const auto& s : streams) {
     if (!s->capturing || s->capturer != std::this_thread::get_id()) continue;
     s->invalidated = true;
     return CAPTURE_UNSUPPORTED;
@@ -233,9 +241,9 @@ API cuCtxSynchronize() { return SUCCESS; }
 API cuStreamCreate(void** stream, unsigned) {
   if (!current_context) return INVALID_CONTEXT;
   std::lock_guard<std::mutex> guard(objects_lock);
-  auto* made = new Stream;
+  auto made = std::make_shared<Stream>();
   streams.insert(made);
-  return *stream = made, SUCCESS;
+  return *stream = made.get(), SUCCESS;
 }
 API cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 API cuStreamDestroy_v2(void* stream) {
@@ -243,15 +251,14 @@ API cuStreamDestroy_v2(void* stream) {
   if (s->capturing) cuemu::die("a stream is destroyed while it is captured");
   run(*s);
   std::lock_guard<std::mutex> guard(objects_lock);
-  streams.erase(s);
-  return delete s, SUCCESS;
+  streams.erase(s->shared_from_this());
+  return SUCCESS;
 }
 API cuStreamSynchronize(void* stream) {
   Stream& s = stream_of(stream);
   if (s.capturing) return s.invalidated = true, CAPTURE_UNSUPPORTED;
   return run(s), SUCCESS;
 }
-API cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 
 API cuEventCreate(void** event, unsigned) {
   if (!current_context) return INVALID_CONTEXT;
@@ -261,9 +268,16 @@ API cuEventDestroy_v2(void* event) { return events--, delete (Event*)event, SUCC
 API cuEventRecord(void* event, void* stream) {
   auto* e = (Event*)event;
   Stream& s = stream_of(stream);
-  std::lock_guard<std::recursive_mutex> guard(s.lock);
+  Guard guard(streams_lock);
   Result queued = enqueue(stream, [e] { e->time = std::chrono::steady_clock::now(); });
-  return e->stream = &s, e->place = s.queued, queued;
+  return e->stream = s.shared_from_this(), e->place = s.queued, queued;
+}
+// For where the event stands now, wherever it is recorded later.
+API cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  auto* e = (Event*)event;
+  if (stream_of(stream).capturing) return stream_of(stream).invalidated = true, CAPTURE_UNSUPPORTED;
+  if (!e->stream) return SUCCESS;
+  return enqueue(stream, [other = e->stream, place = e->place] { run(*other, place); });
 }
 API cuEventSynchronize(void* event) {
   if (Result refused = not_captured()) return refused;
@@ -285,7 +299,7 @@ API cuMemFree_v2(Pointer pointer) {
   if (Result refused = not_captured()) return refused;
   {
     std::lock_guard<std::mutex> guard(objects_lock);
-    for (Stream* stream : streams) run(*stream);
+    for (const auto& stream : streams) run(*stream);
   }
   return release(pointer);
 }
@@ -306,10 +320,14 @@ API cuMemFreeHost(void* pointer) {
 API cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) {
   if (stream_of(stream).capturing) return not_captured();
   check_device(to, bytes, "a copy to the device leaves its allocation");
-  return enqueue(stream, [=] {
+  Result queued = enqueue(stream, [=] {
     check_pinned(from, bytes);
     memcpy((void*)to, from, bytes);
   });
+  Stream& s = stream_of(stream);
+  Guard guard(streams_lock);
+  if (queued == SUCCESS && !s.has_kernels && (s.copies++ + cuemu::options().seed) % 2) run(s);
+  return queued;
 }
 API cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {
   if (stream_of(stream).capturing) return not_captured();
@@ -468,7 +486,7 @@ API cuGetErrorName(Result error, const char** text) { return cuGetErrorString(er
 extern "C" __attribute__((visibility("default"))) int cuemu_captures() {
   std::lock_guard<std::mutex> guard(objects_lock);
   return std::any_of(streams.begin(), streams.end(),
-                     [](Stream* s) { return s->capturing && s->capturer == std::this_thread::get_id(); });
+                     [](const auto& s) { return s->capturing && s->capturer == std::this_thread::get_id(); });
 }
 
 // cuBLASLt's stand-in queues its products on these streams too.

@@ -126,6 +126,13 @@ impl Stream {
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
+    /// Lets what is queued from now on wait for where `event` stands now; for nothing if it was never recorded.
+    pub(crate) fn wait(&self, event: &Event) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both handles live as long as their owners; the driver keeps what it needs of the event.
+        check("a stream cannot wait for an event", unsafe { result::stream::wait_event(self.handle, event.handle, flags) })
+    }
+
     /// Waits until everything queued is done. Faults of earlier work show here.
     pub(crate) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
@@ -236,6 +243,11 @@ impl DeviceBuffer {
         let allocation = Arc::clone(&self.allocation);
         let pointer = allocation.pointer + start as u64;
         (start.checked_add(bytes)? <= allocation.bytes).then_some(Self { allocation, pointer })
+    }
+
+    /// Bytes of the whole allocation.
+    pub(crate) fn len(&self) -> usize {
+        self.allocation.bytes
     }
 
     /// All of the allocation that it is a part of.

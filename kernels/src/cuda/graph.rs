@@ -17,9 +17,9 @@ enum Recording {
     Refused,
 }
 
-/// Most keys that are remembered: every batch size of decoding at a few widths of the block tables, and the pictures' sizes that come
-/// most often. A graph takes memory on the card.
-const MAX_RECORDINGS: usize = 512;
+/// Most keys that are remembered: every batch size of decoding at a few widths of the block tables, in both places of its inputs, and
+/// the pictures' sizes that come most often. A graph takes memory on the card.
+const MAX_RECORDINGS: usize = 1024;
 
 struct Entry {
     recording: Recording,

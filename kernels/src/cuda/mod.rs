@@ -1,4 +1,4 @@
-//! The CUDA backend: bf16 weights and activations, sums in f32, one stream.
+//! The CUDA backend: bf16 weights and activations, sums in f32, one stream of ops.
 //!
 //! Kernels are compiled by NVRTC when the backend is opened; the driver, NVRTC and cuBLASLt are loaded at run time, so that a binary
 //! with this backend runs where they are missing. What an op does on the card stands in `cu/*.cu`; the files here check shapes
@@ -32,6 +32,7 @@ use driver::{Device, DevicePtr, Stream};
 use graph::Graphs;
 use module::{Launch, Modules};
 use nvrtc::CubinCache;
+use packed::Uploads;
 use staging::{Downloads, Staging};
 use std::{
     path::PathBuf,
@@ -59,7 +60,7 @@ impl Default for CudaOptions {
     }
 }
 
-/// One card as a [`Backend`]: a stream, its kernels, and the memory that ops need besides their tensors. Engines in one process
+/// One card as a [`Backend`]: a stream of ops, its kernels, and the memory that ops need besides their tensors. Engines in one process
 /// open one each, so that neither waits for the other's work.
 pub struct Cuda {
     // Dropped from here down: graphs before the code that they launch.
@@ -68,6 +69,7 @@ pub struct Cuda {
     linear: linear::Linear,
     attention: attention::Attention,
     staging: Mutex<Staging>,
+    uploads: Mutex<Uploads>,
     downloads: Downloads,
     stream: Arc<Stream>,
 }
@@ -85,7 +87,8 @@ impl Cuda {
         Ok(Self {
             linear: linear::Linear::new(&stream)?,
             attention: attention::Attention::new(&stream, options.attention)?,
-            staging: Mutex::new(Staging::new(&stream)?),
+            staging: Mutex::new(Staging::new(&stream, staging::SLOT_BYTES)?),
+            uploads: Mutex::new(Uploads::new(&stream)?),
             downloads: Downloads::new(&stream),
             graphs: Mutex::new(Graphs::new(&stream)),
             modules,
@@ -128,6 +131,10 @@ impl Cuda {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn uploads(&self) -> MutexGuard<'_, Uploads> {
+        self.uploads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn launch(&self, kernel: &'static str) -> Result<Launch<'_>> {
         self.modules.launch(kernel)
     }
@@ -146,6 +153,7 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // A card that failed does no more work.
         let _ = self.synchronize();
+        let _ = self.uploads().synchronize();
     }
 }
 
@@ -208,7 +216,7 @@ impl Backend for Cuda {
         packed::alloc(self, capacities)
     }
 
-    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<()> {
+    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<usize> {
         packed::upload(self, uploads)
     }
 

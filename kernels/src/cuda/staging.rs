@@ -6,8 +6,8 @@ use crate::Result;
 use cudarc::driver::result;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Large enough that the bus is busy, small enough that the first copy starts soon.
-const SLOT_BYTES: usize = 8 << 20;
+/// Of a slot for weights and the like: large enough that the bus is busy, small enough that the first copy starts soon.
+pub(crate) const SLOT_BYTES: usize = 8 << 20;
 /// One is filled while others are on their way.
 const SLOTS: usize = 4;
 
@@ -20,16 +20,18 @@ struct Slot {
 /// A ring of pinned slots. Small uploads share one; a slot is filled anew only when the card has read it.
 pub(crate) struct Staging {
     stream: Arc<Stream>,
+    slot_bytes: usize,
     slots: Vec<Slot>,
     current: usize,
     used: usize,
 }
 
 impl Staging {
-    pub(crate) fn new(stream: &Arc<Stream>) -> Result<Self> {
-        let slot = || Ok(Slot { memory: PinnedBuffer::new(stream.device(), SLOT_BYTES)?, copied: Event::new(Arc::clone(stream))? });
+    /// With slots of `slot_bytes`, a multiple of 64.
+    pub(crate) fn new(stream: &Arc<Stream>, slot_bytes: usize) -> Result<Self> {
+        let slot = || Ok(Slot { memory: PinnedBuffer::new(stream.device(), slot_bytes)?, copied: Event::new(Arc::clone(stream))? });
         let slots = (0..SLOTS).map(|_| slot()).collect::<Result<_>>()?;
-        Ok(Self { stream: Arc::clone(stream), slots, current: 0, used: 0 })
+        Ok(Self { stream: Arc::clone(stream), slot_bytes, slots, current: 0, used: 0 })
     }
 
     /// Queues a copy of `bytes` bytes to `dst`. `fill` writes the piece from an offset on; it is called for every piece in
@@ -37,10 +39,10 @@ impl Staging {
     pub(crate) fn upload(&mut self, dst: DevicePtr, bytes: usize, mut fill: impl FnMut(usize, &mut [u8])) -> Result<()> {
         let mut offset = 0;
         while offset < bytes {
-            if self.used == SLOT_BYTES {
+            if self.used == self.slot_bytes {
                 self.advance()?;
             }
-            let room = SLOT_BYTES - self.used;
+            let room = self.slot_bytes - self.used;
             let piece = (bytes - offset).min(room);
             let (start, slot) = (self.used, &mut self.slots[self.current]);
             let memory = &mut slot.memory.bytes_mut()[start..start + piece];
@@ -49,7 +51,7 @@ impl Staging {
             // SAFETY: the slot is written again only behind `copied`, and `dst` has room for what its owner asked for.
             check("an upload failed", unsafe { result::memcpy_htod_async(to, memory, self.stream.handle()) })?;
             offset += piece;
-            self.used = (self.used + piece).next_multiple_of(64).min(SLOT_BYTES);
+            self.used = (self.used + piece).next_multiple_of(64).min(self.slot_bytes);
         }
         Ok(())
     }
@@ -58,10 +60,10 @@ impl Staging {
     pub(crate) fn download(&mut self, src: DevicePtr, out: &mut [u8]) -> Result<()> {
         // A slot of its own, which nothing is on its way from.
         self.advance()?;
-        let slot = &mut self.slots[self.current];
-        for (i, out) in out.chunks_mut(SLOT_BYTES).enumerate() {
+        let (slot, slot_bytes) = (&mut self.slots[self.current], self.slot_bytes);
+        for (i, out) in out.chunks_mut(slot_bytes).enumerate() {
             let memory = &mut slot.memory.bytes_mut()[..out.len()];
-            let from = src + (i * SLOT_BYTES) as u64;
+            let from = src + (i * slot_bytes) as u64;
             // SAFETY: the slot is ours until the synchronisation below, and `src` has as many bytes as its owner says.
             check("a download failed", unsafe { result::memcpy_dtoh_async(memory, from, self.stream.handle()) })?;
             self.stream.synchronize()?;

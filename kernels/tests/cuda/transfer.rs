@@ -62,12 +62,35 @@ fn graphs_read_what_was_packed_last() {
         let count = [2usize, 8, 5][turn % 3];
         let of_rows: Vec<i32> = (0..count).map(|i| ((turn * 7 + i * 11) % 50) as i32).collect();
         let mut uploads = [i32s(&of_rows, 1, &mut rows), i32s(&[-1; 100], 10, &mut unused)];
-        cuda.upload_packed(&mut uploads).unwrap();
+        let place = cuda.upload_packed(&mut uploads).unwrap();
         out.set_rows(count).unwrap();
-        let key = GraphKey { name: "packed", sizes: [count, 0, 0] };
+        let key = GraphKey { name: "packed", sizes: [count, place, 0] };
         cuda.graphed(key, &mut || cuda.gather_rows(&table, &rows, &mut out)).unwrap();
         let expected: Vec<i32> = of_rows.iter().flat_map(|row| (0..3).map(move |i| 3 * row + i)).collect();
         assert_eq!(ids(&cuda, &out), expected, "turn {turn}");
+    }
+}
+
+/// An upload does not reach what ops ahead of it have yet to read, and ops behind it wait for it, whether it takes long or not.
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn uploads_overlap_ops_that_read_the_one_before() {
+    let cuda = open();
+    let table = elements(&cuda, 50, 1, &(0..50).collect::<Vec<i32>>());
+    let [mut rows, mut more] = cuda.alloc_packed([(4, DType::I32), (400_000, DType::I32)]).unwrap();
+    let turns: Vec<[i32; 4]> = (0..9).map(|turn| [turn, 49 - turn, 2 * turn, 7]).collect();
+    let mut outs: Vec<[Tensor<Cuda>; 2]> = turns.iter().map(|_| [(); 2].map(|()| poisoned(&cuda, 4, 1, DType::I32))).collect();
+    for (turn, [out, out_of_more]) in turns.iter().zip(&mut outs) {
+        // In some turns larger than a slot.
+        let mut values = vec![0; if turn[0] % 3 == 2 { 400_000 } else { 8 }];
+        values[..4].copy_from_slice(turn);
+        cuda.upload_packed(&mut [i32s(turn, 1, &mut rows), i32s(&values, 1, &mut more)]).unwrap();
+        cuda.gather_rows(&table, &rows, out).unwrap();
+        more.set_window(0..4).unwrap();
+        cuda.gather_rows(&table, &more, out_of_more).unwrap();
+    }
+    for (turn, [out, out_of_more]) in turns.iter().zip(&outs) {
+        assert_eq!((ids(&cuda, out), ids(&cuda, out_of_more)), (turn.to_vec(), turn.to_vec()));
     }
 }
 

@@ -47,6 +47,8 @@ pub(crate) struct Inputs<B: Backend> {
     /// `[sequences, 1]` i32: where each sequence's last token stands among those that the step before drew; empty if the host knows
     /// it.
     pub(crate) sources: Tensor<B>,
+    /// Which of a few places the tensors lie in.
+    pub(crate) place: usize,
     host: Host,
     limits: Limits,
 }
@@ -109,6 +111,7 @@ impl<B: Backend> Inputs<B> {
             step: StepInputs { token_ids, positions, slots, cu_seqlens_q, block_tables, context_lens, output_rows, max_seqlen_q: 0 },
             drawing: Drawing::new(backend, [temperature, top_k, top_p, random], draws, vocab_size, banned_token_ids)?,
             sources,
+            place: 0,
             host: Host::default(),
             limits,
         })
@@ -117,8 +120,8 @@ impl<B: Backend> Inputs<B> {
     /// Uploads the step. With `sources`, it is one token for each sequence, behind a step that is in flight and gives it: that step's
     /// tokens, at these rows, are its input.
     ///
-    /// Where the tensors of a decode step lie depends on its number of sequences, on the width of its block tables, and on whether
-    /// there are draws and sources: on what a graph of it is known by.
+    /// Where the tensors of a decode step lie depends on its number of sequences, on the width of its block tables, on whether
+    /// there are draws and sources, and on `place`: on what a graph of it is known by.
     pub(crate) fn fill(
         &mut self,
         backend: &B,
@@ -171,10 +174,10 @@ impl<B: Backend> Inputs<B> {
     }
 
     fn upload(&mut self, backend: &B, width: usize) -> Result<()> {
-        let Self { step, drawing, sources, host, .. } = self;
+        let Self { step, drawing, sources, place, host, .. } = self;
         let [temperature, top_k, top_p, random] = drawing.uploads();
         let column = |values, tensor| Upload { values: Values::I32(values), cols: 1, tensor };
-        backend.upload_packed(&mut [
+        *place = backend.upload_packed(&mut [
             column(&host.token_ids, &mut step.token_ids),
             column(&host.positions, &mut step.positions),
             column(&host.slots, &mut step.slots),
@@ -187,7 +190,8 @@ impl<B: Backend> Inputs<B> {
             top_p,
             random,
             column(&host.sources, sources),
-        ])
+        ])?;
+        Ok(())
     }
 
     /// Takes the step's token ids from what the step before drew. An op: a backend may record and replay it.

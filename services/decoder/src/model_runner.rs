@@ -236,7 +236,7 @@ impl<B: Backend> ModelRunner<B> {
         // Not within `graphed`, which does not come back to this code when it replays.
         workspace.set_rows(inputs.step.token_ids.rows(), rows)?;
         let width = inputs.step.block_tables.cols();
-        let key = |name| GraphKey { name, sizes: [step.len(), width, 0] };
+        let key = |name| GraphKey { name, sizes: [step.len(), width, inputs.place] };
         let decodes = images.is_none() && inputs.step.max_seqlen_q == 1 && outputs.len() == step.len();
         match (decodes, all_drawn) {
             (true, true) => {

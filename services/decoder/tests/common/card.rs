@@ -174,7 +174,7 @@ impl Backend for Card {
         }))
     }
 
-    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<()> {
+    fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<usize> {
         for upload in uploads {
             // Somewhere else than before.
             *upload.tensor = self.alloc(upload.rows()?, upload.cols, upload.values.dtype())?;
@@ -183,7 +183,7 @@ impl Backend for Card {
                 Values::I32(values) => self.upload(values, upload.tensor)?,
             }
         }
-        Ok(())
+        Ok(0)
     }
 
     /// Ids that are not in the table give anything, and no error.
