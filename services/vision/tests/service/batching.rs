@@ -96,6 +96,7 @@ async fn device_fault_makes_the_role_unavailable() {
     for call in [behind, role.call(request(picture(3, 14, 14)))] {
         assert_eq!(call.await.unwrap().unwrap_err().code(), Code::Unavailable);
     }
+    role.ended().await;
     assert_eq!(role.get_info().await.unwrap_err().code(), Code::Unavailable);
     assert_eq!((role.num_ready(), role.num_queued()), (0, 0));
 }

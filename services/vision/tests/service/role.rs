@@ -30,7 +30,10 @@ use std::{
     sync::{Arc, atomic::Ordering, mpsc as blocking},
 };
 use tempfile::TempDir;
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 use tonic::Status;
 
 const FINGERPRINT: &str = "this model";
@@ -63,6 +66,7 @@ impl RunPass for Gated {
 pub(crate) struct Role {
     pub(crate) stats: Arc<EngineStats>,
     pub(crate) decoder: FakeDecoder,
+    alive: watch::Receiver<bool>,
     client: VisionServiceClient<GrpcChannel>,
     entered: mpsc::UnboundedReceiver<Vec<usize>>,
     tickets: Option<blocking::Sender<Result<()>>>,
@@ -88,12 +92,12 @@ impl Role {
             Ok(Gated { runner, entered: entered_sender, tickets: ticket_receiver })
         };
         let engine = Engine::start_with("cpu".into(), config.max_queued_images, load).unwrap();
-        let stats = Arc::clone(engine.stats());
+        let (stats, alive) = (Arc::clone(engine.stats()), engine.alive());
         let decoder = FakeDecoder::default();
         let to_decoder = in_process(DecoderServiceServer::new(decoder.clone()));
         let vision = Vision::new(&config, &checkpoint, FINGERPRINT.into(), engine, Some(to_decoder), Shutdown::default());
         let client = VisionServiceClient::new(in_process(vision.into_server()));
-        Self { stats, decoder, client, entered, tickets: Some(tickets), _folder: folder }
+        Self { stats, decoder, alive, client, entered, tickets: Some(tickets), _folder: folder }
     }
 
     /// A role whose passes run as they come.
@@ -121,6 +125,11 @@ impl Role {
     /// Lets every pass through.
     pub(crate) fn open_gate(&mut self) {
         self.tickets = None;
+    }
+
+    /// Waits for the end of the engine's thread, which comes after the last answer.
+    pub(crate) async fn ended(&mut self) {
+        self.alive.wait_for(|alive| !alive).await.unwrap();
     }
 
     /// Starts a call.
