@@ -4,6 +4,8 @@ import math
 import pathlib
 import struct
 
+import ops
+
 MATRICES = ("_proj.weight", "fc1.weight", "fc2.weight", "patch_embedding.weight")
 
 
@@ -149,7 +151,7 @@ def met(value, comparison, limit):
 def table(plan, work, results):
     """Everything, short."""
     number = lambda value, form=".2f": "-" if value is None else format(value, form)
-    lines = []
+    lines = ops.lines(results["ops"]) if results.get("ops") else []
     for row in results.get("parity") or []:
         verdict = "ok" if row["ok"] else "WRONG"
         detail = f"{row['ours']:.2e} off, transformers' bf16 {row['theirs']:.2e}" if isinstance(row["ours"], float) else ""

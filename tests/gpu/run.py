@@ -4,7 +4,6 @@ Each part stands alone: one that fails or takes too long is reported, its log is
 """
 import argparse
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 import time
 
 import cases
+import ops
 import parity
 import report
 from processes import Failed, end, json_lines, run_logged, start
@@ -79,13 +79,6 @@ class Bench:
     def peer(self, arguments, log, on_line=None):
         quick = ["--quick"] if self.quick else []
         run_logged([sys.executable, HERE / "peer.py", *arguments, "--device", self.peer_device, *quick], log, self.left(), on_line)
-
-
-def ops(bench, log):
-    """Every op of the CUDA backend against f64, then the decoder's engine on it."""
-    for tests in ("cuda-tests", "cuda-engine-tests"):
-        run_logged([bench.binary(tests), "--ignored", "--test-threads", str(min(8, os.cpu_count()))], log, bench.left())
-    return {"passed": True}
 
 
 def engine(bench, log):
@@ -162,7 +155,7 @@ def peer(bench, log):
     return lines
 
 
-RUN = {"ops": ops, "engine": engine, "parity": parity.run, "serving": serving, "peer": peer}
+RUN = {"ops": ops.run, "engine": engine, "parity": parity.run, "serving": serving, "peer": peer}
 
 
 def shorten(file):

@@ -208,7 +208,7 @@ fn recorded_graphs_multiply_what_is_there_when_they_are_replayed() {
                 }
                 cuda.graphed(GraphKey { name, sizes: [bucket, 0, 0] }, &mut || cuda.linear(&x, &weight, Some(&bias), epilogue, &mut out))
                     .unwrap();
-                operands.check(&format!("turn {turn}"), &cuda, &mut out);
+                operands.check(&format!("linear, turn {turn}"), &cuda, &mut out);
             }
         }
     }
@@ -233,7 +233,7 @@ fn product_that_is_new_when_a_graph_is_recorded_is_in_the_next() {
         cuda.graphed(GraphKey { name: "late", sizes: [0; 3] }, &mut step).unwrap();
     }
     assert_eq!(calls, 4, "run, not recorded but run, recorded; then replayed");
-    operands.check("late plan", &cuda, &mut out);
+    operands.check("linear, late plan", &cuda, &mut out);
 }
 
 #[test]
@@ -278,5 +278,5 @@ fn more_shapes_than_are_remembered_are_multiplied_right() {
         cuda.linear(&x, &weight, None, Epilogue::Store, &mut out).unwrap();
     }
     out.set_window(all_out).unwrap();
-    operands.check("4,184 shapes", &cuda, &mut out);
+    operands.check("linear, 4,184 shapes", &cuda, &mut out);
 }
