@@ -114,7 +114,7 @@ impl Coordinator {
     }
 
     async fn attempt(&self, job: &mut Job, decoder: &Arc<Decoder>, events: &Events, progress: &mut Progress) -> Result<(), Failure> {
-        let _running = decoder.start();
+        let _running = decoder.start(job.sampling.n as usize);
         let max_new_tokens = max_new_tokens(job, decoder)?;
         let (reservation, missing) = self.reserve(job, decoder, max_new_tokens).await?;
         self.ship(job, &missing, decoder, &mut progress.timings).await?;
@@ -192,7 +192,7 @@ impl Coordinator {
         let visions = visions.map_err(|why| Failure::Final(status::unavailable(why, RETRY_AFTER)))?;
         let mut last = Failure::Final(status::unavailable("no vision replica is ready", RETRY_AFTER));
         for replica in &visions {
-            let _running = replica.start();
+            let _running = replica.start(1);
             let ImageOptions { split, longest_edge, shortest_edge } = target.options;
             let request = vision::EncodeRequest {
                 request_id: target.call.peer_request_id.clone(),

@@ -84,7 +84,7 @@ pub(crate) struct Replica<C> {
     pub(crate) role: Role,
     pub(crate) uri: String,
     pub(crate) client: C,
-    /// Requests of this gateway that it works on; other gateways' are not known.
+    /// Answers and pictures of this gateway that it works on; other gateways' are not known.
     running: AtomicUsize,
     state: Mutex<State>,
     /// Wakes its task before the interval is over.
@@ -123,10 +123,10 @@ impl<C> Replica<C> {
         Arc::new(Self { role, uri, client, running: AtomicUsize::new(0), state, probe_now: Notify::new() })
     }
 
-    /// Counts a request as running here until the answer is dropped.
-    pub(crate) fn start(self: &Arc<Self>) -> Running<C> {
-        self.running.fetch_add(1, Ordering::Relaxed);
-        Running(Arc::clone(self))
+    /// Counts a request for `count` answers or pictures as running here until what is returned is dropped.
+    pub(crate) fn start(self: &Arc<Self>, count: usize) -> Running<C> {
+        self.running.fetch_add(count, Ordering::Relaxed);
+        Running { replica: Arc::clone(self), count }
     }
 
     /// Takes the replica out until it answers again.
@@ -201,11 +201,14 @@ impl<C> Replica<C> {
 }
 
 /// A request that a replica works on.
-pub(crate) struct Running<C>(Arc<Replica<C>>);
+pub(crate) struct Running<C> {
+    replica: Arc<Replica<C>>,
+    count: usize,
+}
 
 impl<C> Drop for Running<C> {
     fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::Relaxed);
+        self.replica.running.fetch_sub(self.count, Ordering::Relaxed);
     }
 }
 
@@ -252,7 +255,7 @@ pub(crate) struct Replicas {
     ready: watch::Sender<bool>,
 }
 
-/// Requests that a replica may have beyond the least loaded one, and still be preferred for what it has cached.
+/// Answers or pictures that a replica may have to work on beyond the least loaded one, and still be preferred for what it has cached.
 const SLACK: usize = 4;
 /// Half the first pause after a peer did not answer.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);

@@ -159,6 +159,22 @@ async fn loaded_decoder_is_passed_over() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn decoder_with_one_request_for_many_answers_is_loaded() {
+    let mut world = two().ready().await;
+    world.script([Script::TokensThenNothing(vec![399])]);
+    let (mut decoders, mut streams) = (Vec::new(), Vec::new());
+    for n in [1, 8, 1] {
+        let sampling = Some(pb::SamplingOptions { n: Some(n), ..Default::default() });
+        let mut stream = world.client().chat(pb::ChatRequest { sampling, ..chat(vec![text("?")]) }).await.unwrap().into_inner();
+        stream.message().await.unwrap();
+        stream.message().await.unwrap();
+        streams.push(stream);
+        decoders.push(world.asked_names(2).await.remove(1));
+    }
+    assert!(decoders[0] == decoders[1] && decoders[1] != decoders[2], "{decoders:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn full_or_failing_decoder_gives_way_to_another() {
     for code in [Code::ResourceExhausted, Code::Unavailable] {
         let mut world = two().ready().await;
