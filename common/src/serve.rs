@@ -69,16 +69,15 @@ pub struct ServerHandle {
     reporter: HealthReporter,
     services: Vec<&'static str>,
     routes: Arc<OnceLock<Routes>>,
-    reported: Arc<Mutex<Option<Health>>>,
+    reported: Arc<Mutex<Reported>>,
 }
 
-/// What health was last told.
-#[derive(Clone, Copy, PartialEq)]
-enum Health {
-    Serving,
-    NotServing,
-    /// Not serving, and never again.
-    Ended,
+/// What health was told.
+#[derive(Default)]
+struct Reported {
+    serving: Option<bool>,
+    /// Nothing is told any more.
+    has_ended: bool,
 }
 
 impl ServerHandle {
@@ -92,19 +91,28 @@ impl ServerHandle {
     /// Reports every service, and the process as a whole, as serving or not. Watchers hear of it if it is news; once the server
     /// shuts down, nothing is.
     pub async fn set_serving(&self, serving: bool) {
-        self.report(if serving { Health::Serving } else { Health::NotServing }).await;
+        let mut reported = self.reported.lock().await;
+        if !reported.has_ended {
+            self.report(serving, &mut reported).await;
+        }
     }
 
-    async fn report(&self, health: Health) {
+    /// Reports that nothing is served, for good.
+    async fn end_serving(&self) {
         let mut reported = self.reported.lock().await;
-        if *reported == Some(Health::Ended) || *reported == Some(health) {
+        reported.has_ended = true;
+        self.report(false, &mut reported).await;
+    }
+
+    async fn report(&self, serving: bool, reported: &mut Reported) {
+        if reported.serving == Some(serving) {
             return;
         }
-        *reported = Some(health);
-        let status = if health == Health::Serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in self.services.iter().copied().chain([""]) {
             self.reporter.set_service_status(service, status).await;
         }
+        reported.serving = Some(serving);
     }
 }
 
@@ -208,7 +216,7 @@ impl RoleServer {
         let stop = shutdown.stop_accepting.clone();
         let serving = server.add_routes(routes).serve_with_incoming_shutdown(incoming, async move {
             stop.cancelled().await;
-            handle.report(Health::Ended).await;
+            handle.end_serving().await;
             infrastructure_ended.cancel();
         });
         tokio::select! {

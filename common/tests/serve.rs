@@ -101,6 +101,9 @@ async fn watchers_of_health_hear_only_news() {
     assert_eq!(client.check(request).await.unwrap().into_inner().status(), ServingStatus::Serving);
     server.handle.set_serving(false).await;
     assert_eq!(watcher.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    server.shutdown.stop_accepting.cancel();
+    assert_eq!(watcher.message().await.unwrap_err().code(), Code::Unavailable);
+    server.ended().await;
 }
 
 /// Answers `Encode` when it is told to.
