@@ -226,7 +226,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// each would cost. Tensors that are not among them hold nothing any more.
     ///
     /// Where the tensors then lie depends on the shapes of `uploads` and on the number that is returned, one of a few: both belong
-    /// to the key of what is [`graphed`](Self::graphed) with them.
+    /// to the key of what is [`graphed`](Self::graphed) with them. Not within `graphed`.
     ///
     /// # Errors
     /// If types differ, there are more elements than were allocated, or the device fails.
@@ -241,7 +241,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Ok(0)
     }
 
-    /// Runs `f`. A backend with graphs records its ops at the first sight of `key` and replays them after, so `f` must do
+    /// Runs `f`. A backend with graphs may record its ops at any sight of `key` and replay them after, so `f` must do
     /// the same ops on the same windows of the same tensors whenever `key` is the same, and nothing that later code relies on.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 // much of the driver API as this project calls, under the names of CUDA 13.
 //
 // It is as late as a card may be: work is done when somebody waits for it and not before, so that host memory which is written or
-// freed too early shows. And it is as early: of a stream of copies every other one is done at once, so that memory which other
+// freed too early shows. And it is as early: of a stream of copies some are done at once, so that memory which other
 // streams still read shows; of a kernel that is launched with programmatic stream serialization a block runs up to
 // griddepcontrol.wait before the kernels ahead of it do, so that what touches memory too early shows. Fresh memory is poisoned,
 // freed memory is given back at once. What a card forbids is an error here: calls that a capture does not allow, calls without a
@@ -326,7 +326,7 @@ API cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* strea
   });
   Stream& s = stream_of(stream);
   Guard guard(streams_lock);
-  if (queued == SUCCESS && !s.has_kernels && (s.copies++ + cuemu::options().seed) % 2) run(s);
+  if (queued == SUCCESS && !s.has_kernels && (s.copies++ + cuemu::options().seed) * 0x9e3779b97f4a7c15ull >> 63) run(s);
   return queued;
 }
 API cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {

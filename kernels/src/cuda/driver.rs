@@ -2,7 +2,10 @@
 
 use crate::{Error, Result};
 use cudarc::driver::{result, sys};
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicUsize},
+};
 
 /// Address on the device.
 pub(crate) type DevicePtr = sys::CUdeviceptr;
@@ -199,9 +202,11 @@ struct Allocation {
     stream: Arc<Stream>,
     pointer: DevicePtr,
     bytes: usize,
+    /// See [`DeviceBuffer::half`].
+    half: AtomicUsize,
 }
 
-// SAFETY: an address; access is by the stream's work alone.
+// SAFETY: an address; access is by work of streams alone.
 unsafe impl Send for Allocation {}
 // SAFETY: see above.
 unsafe impl Sync for Allocation {}
@@ -211,7 +216,7 @@ impl DeviceBuffer {
     pub(crate) fn zeroed(stream: &Arc<Stream>, bytes: usize) -> Result<Self> {
         let buffer = Self::uninit(stream, bytes)?;
         if bytes > 0 {
-            // SAFETY: the memory is ours, and the work is ordered before all that will use it.
+            // SAFETY: the memory is ours, and the work is ordered before all else that `stream` will do with it.
             check("memory cannot be cleared", unsafe { result::memset_d8_async(buffer.pointer, 0, bytes, stream.handle) })?;
         }
         Ok(buffer)
@@ -230,7 +235,7 @@ impl DeviceBuffer {
                 Error::Device(format!("{needed} MiB cannot be allocated on {}, {free} MiB are free: {error:?}", stream.device.name))
             })?
         };
-        Ok(Self { allocation: Arc::new(Allocation { stream: Arc::clone(stream), pointer, bytes }), pointer })
+        Ok(Self { allocation: Arc::new(Allocation { stream: Arc::clone(stream), pointer, bytes, half: AtomicUsize::new(0) }), pointer })
     }
 
     pub(crate) fn pointer(&self) -> DevicePtr {
@@ -253,6 +258,11 @@ impl DeviceBuffer {
     /// All of the allocation that it is a part of.
     pub(crate) fn whole(&self) -> Self {
         Self { allocation: Arc::clone(&self.allocation), pointer: self.allocation.pointer }
+    }
+
+    /// Which half of the allocation has tensors that were uploaded together: 0 or 1.
+    pub(super) fn half(&self) -> &AtomicUsize {
+        &self.allocation.half
     }
 
     /// Whether both are parts of one allocation.

@@ -153,7 +153,8 @@ impl Launch<'_> {
     }
 
     /// Queues it. If it may be early, its blocks start before the kernels ahead have ended, and wait for those themselves (programmatic
-    /// dependent launch); a capture makes a programmatic edge of that. Behind a copy, or ahead of one, the stream's order is as ever.
+    /// dependent launch); a capture makes a programmatic edge of that. Behind a copy or the wait for an event, or ahead of
+    /// them, the stream's order is as ever.
     ///
     /// # Safety
     /// Number, order and types of the parameters are those of the kernel, and every pointer is to as much memory as the kernel

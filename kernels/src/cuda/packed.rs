@@ -9,7 +9,7 @@ use super::{
     staging::Staging,
 };
 use crate::{DType, Error, Result, Tensor, Upload};
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 /// Where a tensor may begin: at multiples of what the bus moves at once, which the widest word of a kernel divides.
 const ALIGNMENT: usize = 64;
@@ -74,8 +74,7 @@ impl<'a> Half<'a> {
     fn next(&mut self, rows: usize, cols: usize, dtype: DType) -> Result<(usize, Tensor<Cuda>)> {
         let (offset, bytes) = (self.used, rows * cols * dtype.size());
         self.used = (offset + bytes).next_multiple_of(ALIGNMENT);
-        // The last bytes of a half are nobody's, so that even an empty tensor shows in which of them it lies.
-        let part = if self.used < self.bytes { self.memory.part(self.start + offset, bytes) } else { None };
+        let part = if self.used <= self.bytes { self.memory.part(self.start + offset, bytes) } else { None };
         let full = || Error::shape("upload_packed", format!("expected no more elements than were allocated, found [{rows}, {cols}]"));
         Ok((offset, Tensor::new(part.ok_or_else(full)?, rows, cols, dtype)))
     }
@@ -84,7 +83,7 @@ impl<'a> Half<'a> {
 /// [`Backend::alloc_packed`](crate::Backend::alloc_packed)
 pub(super) fn alloc<const N: usize>(cuda: &Cuda, capacities: [(usize, DType); N]) -> Result<[Tensor<Cuda>; N]> {
     let bytes: usize = capacities.iter().map(|(elements, dtype)| (elements * dtype.size()).next_multiple_of(ALIGNMENT)).sum();
-    let memory = DeviceBuffer::zeroed(&cuda.stream, 2 * (bytes + ALIGNMENT))?;
+    let memory = DeviceBuffer::zeroed(&cuda.stream, 2 * bytes)?;
     // Copies wait for the zeros.
     cuda.uploads().left.record()?;
     let mut half = Half::new(&memory, 0);
@@ -95,10 +94,8 @@ pub(super) fn alloc<const N: usize>(cuda: &Cuda, capacities: [(usize, DType); N]
 
 /// [`Backend::upload_packed`](crate::Backend::upload_packed)
 pub(super) fn upload(cuda: &Cuda, uploads: &mut [Upload<'_, Cuda>]) -> Result<usize> {
-    let Some(first) = uploads.first().map(|first| &first.tensor.storage) else { return Ok(0) };
-    let memory = first.whole();
-    let is_in_first_half = first.pointer() - memory.pointer() < (memory.len() / 2) as u64;
-    let index = usize::from(is_in_first_half);
+    let Some(memory) = uploads.first().map(|first| first.tensor.storage.whole()) else { return Ok(0) };
+    let index = 1 - memory.half().load(Ordering::Relaxed);
     let mut half = Half::new(&memory, index);
     let mut parts = Vec::with_capacity(uploads.len());
     let mut tensors = Vec::with_capacity(uploads.len());
@@ -120,6 +117,7 @@ pub(super) fn upload(cuda: &Cuda, uploads: &mut [Upload<'_, Cuda>]) -> Result<us
             }
         }
     })?;
+    memory.half().store(index, Ordering::Relaxed);
     for (upload, tensor) in uploads.iter_mut().zip(tensors) {
         *upload.tensor = tensor;
     }

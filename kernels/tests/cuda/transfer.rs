@@ -96,6 +96,23 @@ fn uploads_overlap_ops_that_read_the_one_before() {
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
+fn uploads_of_some_of_the_tensors_leave_those_of_others_to_ops_ahead() {
+    let cuda = open();
+    let table = elements(&cuda, 50, 1, &(0..50).collect::<Vec<i32>>());
+    let mut tensors = cuda.alloc_packed([(4, DType::I32), (4, DType::I32), (4, DType::I32)]).unwrap();
+    let turns: Vec<[i32; 4]> = (0..16).map(|turn| [turn, 49 - turn, 2 * turn, 7]).collect();
+    let mut outs: Vec<Tensor<Cuda>> = turns.iter().map(|_| poisoned(&cuda, 4, 1, DType::I32)).collect();
+    for ((turn, out), which) in turns.iter().zip(&mut outs).zip([0, 1, 0, 2, 2, 1].into_iter().cycle()) {
+        cuda.upload_packed(&mut [i32s(turn, 1, &mut tensors[which])]).unwrap();
+        cuda.gather_rows(&table, &tensors[which], out).unwrap();
+    }
+    for (turn, out) in turns.iter().zip(&outs) {
+        assert_eq!(ids(&cuda, out), turn);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
 fn downloads_have_what_was_there_when_they_were_begun() {
     let cuda = open();
     let table = elements(&cuda, 100, 1, &(0..100).collect::<Vec<i32>>());

@@ -176,7 +176,7 @@ impl Backend for Card {
 
     fn upload_packed(&self, uploads: &mut [Upload<'_, Self>]) -> Result<usize> {
         for upload in uploads {
-            // Somewhere else than before.
+            // Somewhere else than before: what is graphed is never replayed here.
             *upload.tensor = self.alloc(upload.rows()?, upload.cols, upload.values.dtype())?;
             match upload.values {
                 Values::F32(values) => self.upload(values, upload.tensor)?,
