@@ -273,23 +273,30 @@ fn kernels_start_early_only_with_early_launch() {
         let mut written = cuda.alloc(16, 8, DType::Bf16).unwrap();
         let mut weight = weights(&mut Rng(3), DType::Bf16, &[&[16, 8]]).load(cuda);
         let mut out = poisoned(cuda, 1, 16, DType::Bf16);
-        let key = GraphKey { name: "early launch", sizes: [0; 3] };
-        // A product fetches weights before it waits. No op writes any, so that this one sees whether the kernel ahead had ended.
-        for turn in ["launched", "recorded", "replayed"] {
-            write(cuda, &[0.0; 16 * 8], &mut written);
-            let mut ops = || {
-                cuda.gather_rows(&ones, &rows, &mut written)?;
-                swap(&mut written.storage, &mut weight.storage);
-                let queued = cuda.linear(&x, &weight, None, Epilogue::Store, &mut out);
-                swap(&mut written.storage, &mut weight.storage);
-                queued
-            };
-            cuda.graphed(key, &mut ops).unwrap();
-            let waited = read(cuda, &out) == [8.0; 16];
-            assert!(waited || early_launch, "{turn}: started early");
-            // A card may do so, its emulation does.
-            let does = cuda.device_name() == "host emulation" && cuda.compute_capability() >= (9, 0);
-            assert!(!waited || !early_launch || !does, "{turn}: did not start early");
+        let does = cuda.device_name() == "host emulation" && cuda.compute_capability() >= (9, 0);
+        let mut early = [false; 3];
+        // Another test that gives memory back makes the emulation do all work at once, so once is not enough.
+        for attempt in 0..50 {
+            let key = GraphKey { name: "early launch", sizes: [attempt, 0, 0] };
+            // A product fetches weights before it waits. No op writes any, so that this one sees whether the kernel ahead had ended.
+            for is_early in &mut early {
+                write(cuda, &[0.0; 16 * 8], &mut written);
+                let mut ops = || {
+                    cuda.gather_rows(&ones, &rows, &mut written)?;
+                    swap(&mut written.storage, &mut weight.storage);
+                    let queued = cuda.linear(&x, &weight, None, Epilogue::Store, &mut out);
+                    swap(&mut written.storage, &mut weight.storage);
+                    queued
+                };
+                cuda.graphed(key, &mut ops).unwrap();
+                *is_early |= read(cuda, &out) != [8.0; 16];
+            }
+            if !early_launch || !does || early == [true; 3] {
+                break;
+            }
         }
+        // Launched, recorded and replayed. A card may start kernels early, its emulation does.
+        assert!(early_launch || early == [false; 3], "{early:?}");
+        assert!(!early_launch || !does || early == [true; 3], "{early:?}");
     }
 }
