@@ -2,6 +2,7 @@
 // blocks: Flash-Decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/).
 #include "common.cuh"
 #include "flash.cuh"
+#include "rope.cuh"
 
 // Shapes and what a row sees are those of paged_prefill; sequences with at most `max_rows` rows are this kernel's.
 //
@@ -17,6 +18,10 @@
 // Nothing passes through shared memory and no warp waits for another. Values are on their way during the scores, the next keys
 // during the softmax.
 //
+// rope_paged_decode takes a step whose rows are neither rotated nor in the cache: queries are rotated in registers, and the block
+// to which the step's own keys fall takes them from qkv, rotates them, and puts them and their values into the cache. Lanes hold
+// both elements of a pair where D is a multiple of 64.
+//
 // Moves 4 D bytes a key and key head, at 4 D group FLOPs: bound by memory.
 namespace decode {
 
@@ -30,6 +35,36 @@ constexpr int MAX_SPLITS = 32;  // of a tile
 template <int D>
 constexpr int PARTIAL = ENTRIES * (D + 2);
 
+// What a step has that is neither rotated nor in the cache.
+struct Fresh {
+  const float* cos_sin;  // [tokens, D]: cosines of the angles, then sines
+  const int* slots;      // of the tokens
+};
+
+// Where the keys or values of a head lie: row `slot` of the cache, or, if that is negative, row ~slot of qkv.
+template <bool FRESH>
+struct Rows {
+  const bf16* cached;
+  const bf16* fresh;
+  int cached_stride, fresh_stride;
+
+  __device__ __forceinline__ const uint4* operator[](int slot) const {
+    const bf16* row = FRESH && slot < 0 ? fresh + (size_t)~slot * fresh_stride : cached + (size_t)slot * cached_stride;
+    return reinterpret_cast<const uint4*>(row);
+  }
+};
+
+// Rotates a row: lane q of four has elements 32 i + 8 q .. of it.
+template <int D, int K>
+__device__ __forceinline__ void rotate(uint4 (&row)[K], const float* cos_sin) {
+  static_assert(D % 64 == 0 && K == D / 32, "a lane has both elements of its pairs");
+  CU_UNROLL
+  for (int i = 0; i < K / 2; i++) {
+    const float* cosines = cos_sin + 32 * i + 8 * (threadIdx.x & 3);
+    rope::rotate(row[i], row[i + K / 2], cosines, cosines + D / 2);
+  }
+}
+
 // The elements of 16 keys and values of one lane.
 template <int D>
 struct Fragments {
@@ -37,25 +72,59 @@ struct Fragments {
   uint4 k[2][K];  // keys g and g + 8: elements 32 i + 8 q ..
   uint4 v[4][V];  // values 2 q, 2 q + 1, 2 q + 8, 2 q + 9: elements 64 i + 8 g ..
 
-  // `at` is key head and row 0 of the cache, `slot` the row of key lane % 16. Beyond D a lane reads elements that do not count.
-  __device__ __forceinline__ void load_keys(const bf16* at, int slot, int stride) {
+  // The slots of this lane's keys and values, where `slot` is that of key lane % 16.
+  __device__ __forceinline__ static int key_slot(int j, int slot) {
+    return __shfl_sync(0xffffffffu, slot, ((threadIdx.x & 31) >> 2) + 8 * j);
+  }
+  __device__ __forceinline__ static int value_slot(int j, int slot) {
+    return __shfl_sync(0xffffffffu, slot, 2 * (threadIdx.x & 3) + (j & 1) + (j >> 1) * 8);
+  }
+
+  // Beyond D a lane reads elements that do not count.
+  template <bool FRESH>
+  __device__ __forceinline__ void load_keys(const Rows<FRESH>& keys, int slot) {
+    CU_UNROLL
+    for (int j = 0; j < 2; j++) {
+      const uint4* row = keys[key_slot(j, slot)];
+      CU_UNROLL
+      for (int i = 0; i < K; i++) k[j][i] = ptx::load_stream(row + min(4 * i + (int)(threadIdx.x & 3), D / 8 - 1));
+    }
+  }
+  template <bool FRESH>
+  __device__ __forceinline__ void load_values(const Rows<FRESH>& values, int slot) {
+    CU_UNROLL
+    for (int j = 0; j < 4; j++) {
+      const uint4* row = values[value_slot(j, slot)];
+      CU_UNROLL
+      for (int i = 0; i < V; i++) v[j][i] = ptx::load_stream(row + min(8 * i + (int)((threadIdx.x & 31) >> 2), D / 8 - 1));
+    }
+  }
+
+  // Rotates the keys that are not in the cache, and puts them and their values there. `k_cache` and `v_cache` are those of the
+  // head.
+  __device__ __forceinline__ void store_fresh(const Fresh& fresh, int slot, bf16* k_cache, bf16* v_cache, int stride,
+                                              int num_slots) {
     const int lane = threadIdx.x & 31;
     CU_UNROLL
     for (int j = 0; j < 2; j++) {
-      const bf16* row = at + (size_t)__shfl_sync(0xffffffffu, slot, (lane >> 2) + 8 * j) * stride;
+      const int token = ~key_slot(j, slot);
+      if (token < 0) continue;
+      rotate<D>(k[j], fresh.cos_sin + (size_t)token * D);
+      const int to = fresh.slots[token];
+      if (to < 0 || to >= num_slots) continue;
+      uint4* row = reinterpret_cast<uint4*>(k_cache + (size_t)to * stride);
       CU_UNROLL
-      for (int i = 0; i < K; i++)
-        k[j][i] = ptx::load_stream(reinterpret_cast<const uint4*>(row) + min(4 * i + (lane & 3), D / 8 - 1));
+      for (int i = 0; i < K; i++) row[4 * i + (lane & 3)] = k[j][i];
     }
-  }
-  __device__ __forceinline__ void load_values(const bf16* at, int slot, int stride) {
-    const int lane = threadIdx.x & 31;
     CU_UNROLL
     for (int j = 0; j < 4; j++) {
-      const bf16* row = at + (size_t)__shfl_sync(0xffffffffu, slot, 2 * (lane & 3) + (j & 1) + (j >> 1) * 8) * stride;
+      const int token = ~value_slot(j, slot);
+      if (token < 0) continue;
+      const int to = fresh.slots[token];
+      if (to < 0 || to >= num_slots) continue;
+      uint4* row = reinterpret_cast<uint4*>(v_cache + (size_t)to * stride);
       CU_UNROLL
-      for (int i = 0; i < V; i++)
-        v[j][i] = ptx::load_stream(reinterpret_cast<const uint4*>(row) + min(8 * i + (lane >> 2), D / 8 - 1));
+      for (int i = 0; i < V; i++) row[8 * i + (lane >> 2)] = v[j][i];
     }
   }
 };
@@ -223,14 +292,15 @@ __device__ __forceinline__ void combine(const float* partials, int count, int en
   }
 }
 
-template <int D>
-__device__ __forceinline__ void attention(const bf16* qkv, const bf16* k_cache, const bf16* v_cache, bf16* out,
-                                          const int* positions, const int* cu_seqlens_q, const int* block_tables,
-                                          const int* context_lens, float* partials, int* arrived, int tokens, int table_width,
+// With FRESH the rows of a sequence are the last of its context, and `fresh` has what is to be done with them first.
+template <int D, bool FRESH>
+__device__ __forceinline__ void attention(const bf16* qkv, bf16* k_cache, bf16* v_cache, bf16* out, const int* positions,
+                                          const int* cu_seqlens_q, const int* block_tables, const int* context_lens,
+                                          float* partials, int* arrived, const Fresh& fresh, int tokens, int table_width,
                                           int block_size, int num_slots, int num_kv_heads, int group, int window, int max_rows,
                                           float scale) {
   CU_SHARED(float, shared);  // a partial result of each warp, then what combine needs
-  const int sequence = blockIdx.z, q_size = num_kv_heads * group * D, kv_size = num_kv_heads * D;
+  const int sequence = blockIdx.z, q_size = num_kv_heads * group * D, kv_size = num_kv_heads * D, row_size = q_size + 2 * kv_size;
   if (sequence + 1 == (int)gridDim.z) {
     flash::zero_rest(out, cu_seqlens_q, sequence, tokens, q_size);
     return;
@@ -254,7 +324,8 @@ __device__ __forceinline__ void attention(const bf16* qkv, const bf16* k_cache, 
     const int row = rows.start + (first + e) / group;
     seen[h] = flash::causal_keys(positions[row], len, window);
     visible.add(seen[h]);
-    state.load_query(h, qkv + (size_t)row * (q_size + 2 * kv_size) + (size_t)(head * group + (first + e) % group) * D);
+    state.load_query(h, qkv + (size_t)row * row_size + (size_t)(head * group + (first + e) % group) * D);
+    if constexpr (FRESH) rotate<D>(state.q[h], fresh.cos_sin + (size_t)row * D);
   }
   visible.reduce();
 
@@ -264,25 +335,31 @@ __device__ __forceinline__ void attention(const bf16* qkv, const bf16* k_cache, 
 
   const int* table = block_tables + (size_t)sequence * table_width;
   const unsigned last_block = num_slots / block_size - 1;
+  const int first_fresh = FRESH ? len - rows.len : len;
   // The row of key lane % 16 of a step; for those that no row sees, that of the nearest that one does.
   const auto slot_of = [&](int step) {
     const int key = min(max(step * STEP + (lane & 15), visible.some_begin), visible.some_end - 1);
+    if (FRESH && key >= first_fresh) return ~(rows.start + key - first_fresh);
     return (int)min((unsigned)table[key / block_size], last_block) * block_size + key % block_size;
   };
-  const bf16* keys = k_cache + (size_t)head * D;
-  const bf16* values = v_cache + (size_t)head * D;
+  bf16* k_head = k_cache + (size_t)head * D;
+  bf16* v_head = v_cache + (size_t)head * D;
+  const bf16* fresh_keys = qkv + q_size + (size_t)head * D;
+  const Rows<FRESH> keys{k_head, fresh_keys, kv_size, row_size}, values{v_head, fresh_keys + kv_size, kv_size, row_size};
   Fragments<D> fragments;
   int step = visible.some_begin / STEP + warp, slot = 0;
   if (step < end) {
     slot = slot_of(step);
-    fragments.load_keys(keys, slot, kv_size);
+    fragments.load_keys(keys, slot);
   }
   for (; step < end; step += WARPS) {
-    fragments.load_values(values, slot, kv_size);
+    fragments.load_values(values, slot);
+    if constexpr (FRESH)
+      if ((step + 1) * STEP > first_fresh) fragments.store_fresh(fresh, slot, k_head, v_head, kv_size, num_slots);
     slot = slot_of(min(step + WARPS, end - 1));
     float s[2][4];
     state.multiply_keys(s, fragments);
-    if (step + WARPS < end) fragments.load_keys(keys, slot, kv_size);
+    if (step + WARPS < end) fragments.load_keys(keys, slot);
     if (step * STEP < visible.every_begin || (step + 1) * STEP > visible.every_end) {
       CU_UNROLL
       for (int i = 0; i < 8; i++) {
@@ -324,20 +401,24 @@ __device__ __forceinline__ void attention(const bf16* qkv, const bf16* k_cache, 
 
 }  // namespace decode
 
-#define PAGED_DECODE(D)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(32 * decode::WARPS, 2) paged_decode_##D(                                      \
-      const bf16* qkv, const bf16* k_cache, const bf16* v_cache, bf16* out, const int* positions, const int* cu_seqlens_q,   \
-      const int* block_tables, const int* context_lens, float* partials, int* arrived, int tokens, int table_width,          \
-      int block_size, int num_slots, int num_kv_heads, int group, int window, int max_rows, float scale) {                   \
-    ptx::launch_dependents();                                                                                                \
-    ptx::wait_for_earlier_kernels();                                                                                         \
-    decode::attention<D>(qkv, k_cache, v_cache, out, positions, cu_seqlens_q, block_tables, context_lens, partials, arrived, \
-                         tokens, table_width, block_size, num_slots, num_kv_heads, group, window, max_rows, scale);          \
-  }                                                                                                                          \
-  CU_EXPORT(paged_decode_##D)
+#define PAGED_DECODE(NAME, D, FRESH)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(32 * decode::WARPS, 2)                                                             \
+      NAME(const bf16* qkv, bf16* k_cache, bf16* v_cache, bf16* out, const int* positions, const int* cu_seqlens_q,               \
+           const int* block_tables, const int* context_lens, float* partials, int* arrived, const float* cos_sin,                 \
+           const int* slots, int tokens, int table_width, int block_size, int num_slots, int num_kv_heads, int group, int window, \
+           int max_rows, float scale) {                                                                                           \
+    ptx::launch_dependents();                                                                                                     \
+    ptx::wait_for_earlier_kernels();                                                                                              \
+    decode::attention<D, FRESH>(qkv, k_cache, v_cache, out, positions, cu_seqlens_q, block_tables, context_lens, partials,        \
+                                arrived, decode::Fresh{cos_sin, slots}, tokens, table_width, block_size, num_slots, num_kv_heads, \
+                                group, window, max_rows, scale);                                                                  \
+  }                                                                                                                               \
+  CU_EXPORT(NAME)
 
-PAGED_DECODE(64)
-PAGED_DECODE(72)
-PAGED_DECODE(80)
-PAGED_DECODE(96)
-PAGED_DECODE(128)
+PAGED_DECODE(paged_decode_64, 64, false)
+PAGED_DECODE(paged_decode_72, 72, false)
+PAGED_DECODE(paged_decode_80, 80, false)
+PAGED_DECODE(paged_decode_96, 96, false)
+PAGED_DECODE(paged_decode_128, 128, false)
+PAGED_DECODE(rope_paged_decode_64, 64, true)
+PAGED_DECODE(rope_paged_decode_128, 128, true)

@@ -87,6 +87,22 @@ pub struct KvCache<B: Backend> {
     pub block_size: usize,
 }
 
+/// How [`Backend::rope_and_store_kv`] rotates a step's rows, and where it puts them.
+pub struct Rope<'a, B: Backend> {
+    /// `[tokens, head_dim]` f32, of [`Backend::rope_cos_sin`].
+    pub cos_sin: &'a Tensor<B>,
+    /// `[tokens, 1]` i32; a negative slot stores nothing.
+    pub slots: &'a Tensor<B>,
+}
+
+impl<B: Backend> Clone for Rope<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Rope<'_, B> {}
+
 /// What [`Backend::paged_attention`] must know about a step: which rows belong to which sequence, and where their past lies.
 ///
 /// Everything that varies from step to step is in device tensors.
@@ -282,18 +298,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// `(x - mean) / sqrt(var + eps) * weight + bias`; Ba et al. 2016. `weight` and `bias` `[1, x.cols]`.
     fn layer_norm(&self, x: &Tensor<Self>, weight: &Matrix<Self>, bias: &Matrix<Self>, eps: f32, out: &mut Tensor<Self>) -> Result<()>;
 
-    /// Rotates q and k of `qkv` `[tokens, q_size + 2 kv_size]` by their positions (Su et al. 2021; element `j` pairs with `j +
-    /// head_dim / 2`, as in the Hugging Face layout), q in place, k into the cache beside v. `positions` and `slots`
-    /// `[tokens, 1]` i32; a negative slot stores nothing. `inv_freq` `[1, head_dim / 2]` f32.
-    fn rope_and_store_kv(
-        &self,
-        qkv: &mut Tensor<Self>,
-        positions: &Tensor<Self>,
-        slots: &Tensor<Self>,
-        inv_freq: &Tensor<Self>,
-        shape: AttentionShape,
-        kv: &mut KvCache<Self>,
-    ) -> Result<()>;
+    /// The angles `positions[i] * inv_freq[j]` of rotary position embedding (Su et al. 2021), products in f32 as in the reference:
+    /// `out[i]` has their cosines, then their sines. `positions` `[tokens, 1]` i32; `inv_freq` `[1, head_dim / 2]` f32; `out`
+    /// `[tokens, head_dim]` f32.
+    fn rope_cos_sin(&self, positions: &Tensor<Self>, inv_freq: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+
+    /// Rotates q and k of `qkv` `[tokens, q_size + 2 kv_size]` (element `j` pairs with `j + head_dim / 2`, as in the Hugging Face
+    /// layout), q in place, k into the cache beside v.
+    fn rope_and_store_kv(&self, qkv: &mut Tensor<Self>, rope: Rope<'_, Self>, shape: AttentionShape, kv: &mut KvCache<Self>) -> Result<()>;
 
     /// Causal attention of the q columns of `qkv` over the cache, which holds the step's own keys already. `out` `[tokens,
     /// q_size]`. FlashAttention (Dao 2023): scores are never stored.
@@ -304,6 +316,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
         step: &PagedAttention<'_, Self>,
         out: &mut Tensor<Self>,
     ) -> Result<()>;
+
+    /// [`rope_and_store_kv`](Self::rope_and_store_kv), then [`paged_attention`](Self::paged_attention), of rows that are the last of
+    /// their contexts and that no other sequence of the step sees. What `qkv` then holds is not said.
+    ///
+    /// # Errors
+    /// Those of its parts.
+    fn rope_and_paged_attention(
+        &self,
+        qkv: &mut Tensor<Self>,
+        rope: Rope<'_, Self>,
+        kv: &mut KvCache<Self>,
+        step: &PagedAttention<'_, Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        composed::rope_and_paged_attention(self, qkv, rope, kv, step, out)
+    }
 
     /// Bidirectional attention over packed sequences. `out` `[sum of query lengths, q_size]`. Scores are never stored.
     fn attention_varlen(&self, attention: &VarlenAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;

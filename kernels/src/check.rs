@@ -4,7 +4,7 @@
 //! cost checks it too, and each must stay within its tensors whatever it is.
 
 use crate::{
-    AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch, Tensor,
+    AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope, SwigluScratch, Tensor,
     VarlenAttention,
 };
 
@@ -206,13 +206,19 @@ fn norm<B: Backend>(check: &Check, backend: &B, x: &Tensor<B>, weight: &Matrix<B
     check.tensor("out", out, x.rows(), x.cols(), &[backend.activation_dtype()])
 }
 
+/// [`Backend::rope_cos_sin`]
+pub fn rope_cos_sin<B: Backend>(positions: &Tensor<B>, inv_freq: &Tensor<B>, out: &Tensor<B>) -> Result<()> {
+    let check = Check("rope_cos_sin");
+    check.indices("positions", positions, positions.rows())?;
+    check.tensor("inv_freq", inv_freq, 1, inv_freq.cols(), &[DType::F32])?;
+    check.tensor("out", out, positions.rows(), 2 * inv_freq.cols(), &[DType::F32])
+}
+
 /// [`Backend::rope_and_store_kv`]
 pub fn rope_and_store_kv<B: Backend>(
     backend: &B,
     qkv: &Tensor<B>,
-    positions: &Tensor<B>,
-    slots: &Tensor<B>,
-    inv_freq: &Tensor<B>,
+    rope: Rope<'_, B>,
     shape: AttentionShape,
     kv: &KvCache<B>,
 ) -> Result<()> {
@@ -220,9 +226,8 @@ pub fn rope_and_store_kv<B: Backend>(
     check.heads(shape)?;
     check.holds(shape.head_dim.is_multiple_of(2), || format!("expected an even head_dim, found {}", shape.head_dim))?;
     check.tensor("qkv", qkv, qkv.rows(), shape.q_size() + 2 * shape.kv_size(), &[backend.activation_dtype()])?;
-    check.indices("positions", positions, qkv.rows())?;
-    check.indices("slots", slots, qkv.rows())?;
-    check.tensor("inv_freq", inv_freq, 1, shape.head_dim / 2, &[DType::F32])?;
+    check.tensor("cos_sin", rope.cos_sin, qkv.rows(), shape.head_dim, &[DType::F32])?;
+    check.indices("slots", rope.slots, qkv.rows())?;
     check.kv_cache(kv, shape, backend.activation_dtype())
 }
 

@@ -1,6 +1,6 @@
 //! Ops that are made of others, for backends and sizes with nothing better.
 
-use crate::{Backend, Epilogue, Matrix, Result, RmsNorm, SwigluScratch, Tensor, check};
+use crate::{Backend, Epilogue, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope, SwigluScratch, Tensor, check};
 
 /// [`Backend::rms_norm_linear`]
 pub(crate) fn rms_norm_linear<B: Backend>(
@@ -29,4 +29,17 @@ pub(crate) fn rms_norm_swiglu<B: Backend>(
     backend.rms_norm(x, norm.weight, norm.eps, scratch.normed)?;
     backend.linear(scratch.normed, gate_up_proj, None, Epilogue::Store, scratch.gate_up)?;
     backend.silu_and_mul(scratch.gate_up, out)
+}
+
+/// [`Backend::rope_and_paged_attention`]
+pub(crate) fn rope_and_paged_attention<B: Backend>(
+    backend: &B,
+    qkv: &mut Tensor<B>,
+    rope: Rope<'_, B>,
+    kv: &mut KvCache<B>,
+    step: &PagedAttention<'_, B>,
+    out: &mut Tensor<B>,
+) -> Result<()> {
+    backend.rope_and_store_kv(qkv, rope, step.shape, kv)?;
+    backend.paged_attention(qkv, kv, step, out)
 }

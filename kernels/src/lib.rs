@@ -14,7 +14,9 @@ mod tensor;
 mod transfer;
 pub mod weights;
 
-pub use backend::{AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, SwigluScratch, VarlenAttention};
+pub use backend::{
+    AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, Rope, SwigluScratch, VarlenAttention,
+};
 pub use error::{Error, Result};
 pub use loader::WeightLoader;
 pub use tensor::{Columns, DType, Element, Matrix, Tensor};

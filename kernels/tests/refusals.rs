@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch, Tensor,
+    AttentionShape, Backend, DType, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope, SwigluScratch, Tensor,
     VarlenAttention,
     cpu::{Cpu, CpuOptions, Isa},
 };
@@ -122,14 +122,17 @@ fn cache(cpu: &Cpu) -> KvCache<Cpu> {
 #[test]
 fn rotation_refuses_slots_beyond_the_cache() {
     let cpu = cpu();
-    let (positions, freq) = (indices(&cpu, &[0, 1]), zeros(&cpu, 1, 2));
     let rope = |slots: &[i32], shape| {
-        cpu.rope_and_store_kv(&mut zeros(&cpu, 2, 16), &positions, &indices(&cpu, slots), &freq, shape, &mut cache(&cpu))
+        let rope = Rope { cos_sin: &zeros(&cpu, 2, 4), slots: &indices(&cpu, slots) };
+        cpu.rope_and_store_kv(&mut zeros(&cpu, 2, 16), rope, shape, &mut cache(&cpu))
     };
     refused(rope(&[0, 8], SHAPE), "expected slot 1 below 8, found 8");
     refused(rope(&[0], SHAPE), "expected slots [2, 1], found [1, 1]");
     refused(rope(&[0, 1], AttentionShape { head_dim: 5, ..SHAPE }), "even head_dim");
     refused(rope(&[0, 1], AttentionShape { num_kv_heads: 0, ..SHAPE }), "whole groups");
+    let angles = |rows, cols| cpu.rope_cos_sin(&indices(&cpu, &[0, 1]), &zeros(&cpu, 1, 2), &mut zeros(&cpu, rows, cols));
+    refused(angles(2, 3), "expected out [2, 4], found [2, 3]");
+    refused(angles(3, 4), "expected out [2, 4], found [3, 4]");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use idefics_kernels::{AttentionShape, Backend, DType, KvCache};
+use idefics_kernels::{AttentionShape, Backend, DType, KvCache, Rope};
 
 /// Rounding of f32: half of the distance of neighbours, relatively.
 const ROUNDING: f64 = f32::EPSILON as f64 / 2.0;
@@ -179,7 +179,9 @@ fn rotation_turns_pairs_by_their_angle_and_stores_k_and_v() {
             let cache = || poisoned(&cpu, 64, kv_size);
             let mut kv = KvCache { k: cache(), v: cache(), block_size: 16 };
             let (positions, slots_t) = (indices(&cpu, &positions), indices(&cpu, &slots));
-            cpu.rope_and_store_kv(&mut qkv, &positions, &slots_t, &tensor(&cpu, 1, half, &inv_freq), shape, &mut kv).unwrap();
+            let mut cos_sin = poisoned(&cpu, rows, head_dim);
+            cpu.rope_cos_sin(&positions, &tensor(&cpu, 1, half, &inv_freq), &mut cos_sin).unwrap();
+            cpu.rope_and_store_kv(&mut qkv, Rope { cos_sin: &cos_sin, slots: &slots_t }, shape, &mut kv).unwrap();
             let found = read::<f32>(&cpu, &qkv);
             // Two products and a sum of magnitudes up to 1, with cosine and sine off by an ulp.
             assert_close(&format!("{head_dim} on {}", describe(&cpu)), &found, &expected, |_| 6.0 * ROUNDING);

@@ -1,7 +1,9 @@
 //! The cases: sizes of Idefics2-8B.
 
 use super::{AnyResult, Bench, Bound, WeightFile, widened};
-use idefics_kernels::{AttentionShape, Backend, DType, Element, Epilogue, KvCache, PagedAttention, Tensor, VarlenAttention, cpu::Cpu};
+use idefics_kernels::{
+    AttentionShape, Backend, DType, Element, Epilogue, KvCache, PagedAttention, Rope, Tensor, VarlenAttention, cpu::Cpu,
+};
 
 /// Weights are read from memory, not from a cache, if there are this many bytes of them.
 const COLD_BYTES: usize = 192 << 20;
@@ -233,7 +235,10 @@ fn row_ops(bench: &Bench) -> AnyResult {
             let mut kv = KvCache { k: filled(cpu, 512, HEADS.kv_size())?, v: filled(cpu, 512, HEADS.kv_size())?, block_size: 16 };
             let rows_i = indices(cpu, &(0..rows as i32).collect::<Vec<_>>())?;
             let bound = Bound::Bytes((2 * rows * (HEADS.q_size() + 2 * HEADS.kv_size()) * 4) as f64);
-            let ours = || cpu.rope_and_store_kv(&mut qkv, &rows_i, &rows_i, &freq, HEADS, &mut kv).unwrap_or_else(|e| println!("{e}"));
+            let mut cos_sin = cpu.alloc(rows, 128, DType::F32)?;
+            cpu.rope_cos_sin(&rows_i, &freq, &mut cos_sin)?;
+            let rope = Rope { cos_sin: &cos_sin, slots: &rows_i };
+            let ours = || cpu.rope_and_store_kv(&mut qkv, rope, HEADS, &mut kv).unwrap_or_else(|e| println!("{e}"));
             bench.report(&name, bound, ours, None);
         }
     }

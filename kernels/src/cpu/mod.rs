@@ -26,7 +26,7 @@ pub use simd::Isa;
 pub use storage::{CpuStorage, CpuWeight};
 
 use crate::{
-    AttentionShape, Backend, DType, Element, Epilogue, KvCache, Matrix, PagedAttention, Result, Tensor, VarlenAttention, check,
+    AttentionShape, Backend, DType, Element, Epilogue, KvCache, Matrix, PagedAttention, Result, Rope, Tensor, VarlenAttention, check,
     weights::WeightView,
 };
 use pool::Pool;
@@ -156,16 +156,12 @@ impl Backend for Cpu {
         norm::layer_norm(self, x, weight, bias, eps, out)
     }
 
-    fn rope_and_store_kv(
-        &self,
-        qkv: &mut Tensor<Self>,
-        positions: &Tensor<Self>,
-        slots: &Tensor<Self>,
-        inv_freq: &Tensor<Self>,
-        shape: AttentionShape,
-        kv: &mut KvCache<Self>,
-    ) -> Result<()> {
-        rope::rope_and_store_kv(self, qkv, positions, slots, inv_freq, shape, kv)
+    fn rope_cos_sin(&self, positions: &Tensor<Self>, inv_freq: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        rope::rope_cos_sin(self, positions, inv_freq, out)
+    }
+
+    fn rope_and_store_kv(&self, qkv: &mut Tensor<Self>, rope: Rope<'_, Self>, shape: AttentionShape, kv: &mut KvCache<Self>) -> Result<()> {
+        rope::rope_and_store_kv(self, qkv, rope, shape, kv)
     }
 
     fn paged_attention(

@@ -1,33 +1,45 @@
 //! Rotary position embedding (Su et al. 2021) of q and k, and k and v into the cache.
 
-use super::{
-    Cpu,
-    storage::{Scratch, Shared, scratch},
-};
-use crate::{AttentionShape, Error, KvCache, Result, Tensor, check};
+use super::{Cpu, storage::Shared};
+use crate::{AttentionShape, Error, KvCache, Result, Rope, Tensor, check};
 
 /// Elements above which threads share the work.
 const PARALLEL_ELEMENTS: usize = 1 << 16;
+/// The same for angles, whose cosines and sines take longer.
+const PARALLEL_ANGLES: usize = 1 << 12;
+
+/// [`Backend::rope_cos_sin`](crate::Backend::rope_cos_sin).
+pub(crate) fn rope_cos_sin(cpu: &Cpu, positions: &Tensor<Cpu>, inv_freq: &Tensor<Cpu>, out: &mut Tensor<Cpu>) -> Result<()> {
+    check::rope_cos_sin(positions, inv_freq, out)?;
+    let positions: &[i32] = positions.storage.slice(positions.elements());
+    let inv_freq: &[f32] = inv_freq.storage.slice(inv_freq.elements());
+    let (half, out) = (inv_freq.len(), Shared::new(out.storage.slice_mut(out.elements())));
+    cpu.for_each(positions.len() * half >= PARALLEL_ANGLES, positions.len(), |row| {
+        // SAFETY: each row belongs to one tile.
+        let (cos, sin) = unsafe { out.part(2 * row * half..2 * (row + 1) * half) }.split_at_mut(half);
+        for ((cos, sin), freq) in cos.iter_mut().zip(sin).zip(inv_freq) {
+            (*sin, *cos) = (positions[row] as f32 * freq).sin_cos();
+        }
+    });
+    Ok(())
+}
 
 /// [`Backend::rope_and_store_kv`](crate::Backend::rope_and_store_kv).
 pub(crate) fn rope_and_store_kv(
     cpu: &Cpu,
     qkv: &mut Tensor<Cpu>,
-    positions: &Tensor<Cpu>,
-    slots: &Tensor<Cpu>,
-    inv_freq: &Tensor<Cpu>,
+    rope: Rope<'_, Cpu>,
     shape: AttentionShape,
     kv: &mut KvCache<Cpu>,
 ) -> Result<()> {
-    check::rope_and_store_kv(cpu, qkv, positions, slots, inv_freq, shape, kv)?;
-    let positions: &[i32] = positions.storage.slice(positions.elements());
-    let slots: &[i32] = slots.storage.slice(slots.elements());
+    check::rope_and_store_kv(cpu, qkv, rope, shape, kv)?;
+    let cos_sin: &[f32] = rope.cos_sin.storage.slice(rope.cos_sin.elements());
+    let slots: &[i32] = rope.slots.storage.slice(rope.slots.elements());
     let limit = kv.k.rows();
     if let Some(i) = slots.iter().position(|slot| usize::try_from(*slot).is_ok_and(|slot| slot >= limit)) {
         return Err(Error::shape("rope_and_store_kv", format!("expected slot {i} below {limit}, found {}", slots[i])));
     }
-    let inv_freq: &[f32] = inv_freq.storage.slice(inv_freq.elements());
-    let (rows, cols, kv_size) = (qkv.rows(), qkv.cols(), shape.kv_size());
+    let (rows, cols, kv_size, head_dim) = (qkv.rows(), qkv.cols(), shape.kv_size(), shape.head_dim);
     let qkv = Shared::new(qkv.storage.slice_mut(qkv.elements()));
     let k_cache: &mut [f32] = kv.k.storage.slice_mut(kv.k.elements());
     let v_cache: &mut [f32] = kv.v.storage.slice_mut(kv.v.elements());
@@ -35,7 +47,7 @@ pub(crate) fn rope_and_store_kv(
         // SAFETY: each row belongs to one tile.
         let qkv = unsafe { qkv.part(row * cols..(row + 1) * cols) };
         let (heads, _) = qkv.split_at_mut(shape.q_size() + kv_size);
-        rotate(heads, positions[row], inv_freq, shape.head_dim);
+        rotate(heads, &cos_sin[row * head_dim..(row + 1) * head_dim]);
     };
     cpu.for_each(rows * cols >= PARALLEL_ELEMENTS, rows, rotate);
     // Serial, since two rows may name one slot: the copy is a small part of the work.
@@ -51,19 +63,14 @@ pub(crate) fn rope_and_store_kv(
     Ok(())
 }
 
-/// Rotates all heads of one token. Angles are products in f32, as in the reference.
-fn rotate(heads: &mut [f32], position: i32, inv_freq: &[f32], head_dim: usize) {
-    let half = head_dim / 2;
-    scratch(Scratch::Sliver, head_dim, |angles| {
-        let (cos, sin) = angles.split_at_mut(half);
-        for ((cos, sin), freq) in cos.iter_mut().zip(sin.iter_mut()).zip(inv_freq) {
-            (*sin, *cos) = (position as f32 * freq).sin_cos();
+/// Rotates all heads of one token by its cosines and sines.
+fn rotate(heads: &mut [f32], cos_sin: &[f32]) {
+    let half = cos_sin.len() / 2;
+    let (cos, sin) = cos_sin.split_at(half);
+    for head in heads.chunks_exact_mut(cos_sin.len()) {
+        let (a, b) = head.split_at_mut(half);
+        for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
-        for head in heads.chunks_exact_mut(head_dim) {
-            let (a, b) = head.split_at_mut(half);
-            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(&*cos).zip(&*sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
-        }
-    });
+    }
 }

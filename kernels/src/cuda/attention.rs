@@ -6,7 +6,7 @@ use super::{
     module::Launch,
     pointer,
 };
-use crate::{AttentionShape, Columns, Error, KvCache, PagedAttention, Result, Tensor, VarlenAttention, check};
+use crate::{AttentionShape, Columns, Error, KvCache, PagedAttention, Result, Rope, Tensor, VarlenAttention, check, composed};
 use serde::{Deserialize, Serialize};
 use std::{str::FromStr, sync::Arc};
 
@@ -262,47 +262,107 @@ pub(super) fn paged(
     out: &mut Tensor<Cuda>,
 ) -> Result<()> {
     check::paged_attention(cuda, qkv, kv, step, out)?;
-    let AttentionShape { num_heads, num_kv_heads, head_dim } = step.shape;
-    let kernels = kernels("paged_attention", head_dim)?;
-    let (group, rows, sequences) = (num_heads / num_kv_heads, step.max_seqlen_q.min(qkv.rows()), step.context_lens.rows());
-    let (window, scratch) = (step.sliding_window.unwrap_or(usize::MAX), &cuda.attention);
-    // What both kernels begin with.
-    let launch_of = |kernel, threads, shared_bytes| -> Result<Launch<'_>> {
+    let kernels = kernels("paged_attention", step.shape.head_dim)?;
+    let paged = Paged { cuda, qkv, kv, step, out };
+    paged.decode(kernels.decode, None)?;
+    if paged.longest() > MAX_DECODE_ROWS { paged.prefill(&kernels) } else { Ok(()) }
+}
+
+/// [`Backend::rope_and_paged_attention`](crate::Backend::rope_and_paged_attention)
+pub(super) fn rope_paged(
+    cuda: &Cuda,
+    qkv: &mut Tensor<Cuda>,
+    rope: Rope<'_, Cuda>,
+    kv: &mut KvCache<Cuda>,
+    step: &PagedAttention<'_, Cuda>,
+    out: &mut Tensor<Cuda>,
+) -> Result<()> {
+    let kernel = match step.shape.head_dim {
+        64 => "rope_paged_decode_64",
+        128 => "rope_paged_decode_128",
+        _ => return composed::rope_and_paged_attention(cuda, qkv, rope, kv, step, out),
+    };
+    if step.max_seqlen_q.min(qkv.rows()) > MAX_DECODE_ROWS {
+        return composed::rope_and_paged_attention(cuda, qkv, rope, kv, step, out);
+    }
+    check::rope_and_store_kv(cuda, qkv, rope, step.shape, kv)?;
+    check::paged_attention(cuda, qkv, kv, step, out)?;
+    Paged { cuda, qkv, kv, step, out }.decode(kernel, Some(rope))
+}
+
+/// Operands of paged attention, whose shapes were checked.
+struct Paged<'a> {
+    cuda: &'a Cuda,
+    qkv: &'a Tensor<Cuda>,
+    kv: &'a KvCache<Cuda>,
+    step: &'a PagedAttention<'a, Cuda>,
+    out: &'a Tensor<Cuda>,
+}
+
+impl Paged<'_> {
+    /// Most rows that a sequence may have.
+    fn longest(&self) -> usize {
+        self.step.max_seqlen_q.min(self.qkv.rows())
+    }
+
+    fn group(&self) -> usize {
+        self.step.shape.num_heads / self.step.shape.num_kv_heads
+    }
+
+    fn window(&self) -> usize {
+        self.step.sliding_window.unwrap_or(usize::MAX)
+    }
+
+    /// What all kernels begin with.
+    fn launch(&self, kernel: &'static str, threads: usize, shared_bytes: usize) -> Result<Launch<'_>> {
+        let Self { cuda, qkv, kv, step, out } = self;
         let launch = cuda.launch(kernel)?.threads(threads).shared_bytes(shared_bytes);
         let launch = launch.pointer(pointer(qkv)).pointer(pointer(&kv.k)).pointer(pointer(&kv.v)).pointer(pointer(out));
         let launch = launch.pointer(pointer(step.positions)).pointer(pointer(step.cu_seqlens_q));
         let launch = launch.pointer(pointer(step.block_tables)).pointer(pointer(step.context_lens));
-        Ok(launch.pointer(scratch.partials.pointer()).pointer(scratch.arrived.pointer()))
-    };
-
-    let tiles = num_kv_heads * (rows.min(MAX_DECODE_ROWS) * group).div_ceil(DECODE_TILE).max(1);
-    let splits = scratch.decode_splits(sequences * tiles);
-    let launch = launch_of(kernels.decode, THREADS, decode_bytes(head_dim))?;
-    let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
-    let launch = launch.int(num_kv_heads).int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
-    // SAFETY: shapes were checked, splits have room, and the kernel stays within its tensors whatever the indices are. The last z is
-    // for the rows of no sequence.
-    unsafe { launch.grid([splits, tiles, sequences + 1]).run() }?;
-    if rows <= MAX_DECODE_ROWS {
-        return Ok(());
+        Ok(launch.pointer(cuda.attention.partials.pointer()).pointer(cuda.attention.arrived.pointer()))
     }
 
-    let launch = if scratch.wgmma {
-        let tiling = Tiling::wgmma(head_dim, PREFILL_WARPGROUPS);
-        let blocks = scratch.blocks(tiling, num_kv_heads, sequences, rows * group, qkv.rows() * group);
-        let launch = launch_of(kernels.prefill_wgmma, tiling.threads, tiling.shared_bytes + tiling.rows * SEEN_BYTES)?;
-        launch.grid([blocks, 1, 1]).int(scratch.wave(tiling)).int(sequences).int(num_kv_heads)
-    } else {
-        let tiling = Tiling::mma(head_dim);
-        let tiles = (rows * group).div_ceil(tiling.rows);
-        let longest = window.saturating_add(rows).min(step.block_tables.cols() * kv.block_size);
-        let splits = scratch.splits(tiling, tiles * num_kv_heads * sequences, longest);
-        let shared_bytes = tiling.shared_bytes + tiling.rows * SEEN_BYTES + PREFILL_SLOT_BYTES;
-        let launch = launch_of(kernels.prefill, tiling.threads, shared_bytes)?;
-        launch.grid([tiles * splits, num_kv_heads, sequences]).int(splits)
-    };
-    let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
-    let launch = launch.int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
-    // SAFETY: as above.
-    unsafe { launch.run() }
+    /// Attention of the sequences with few rows. With `rope`, `kernel` rotates these first, and puts them into the cache.
+    fn decode(&self, kernel: &'static str, rope: Option<Rope<'_, Cuda>>) -> Result<()> {
+        let Self { cuda, qkv, kv, step, .. } = self;
+        let AttentionShape { num_kv_heads, head_dim, .. } = step.shape;
+        let (group, sequences) = (self.group(), step.context_lens.rows());
+        let tiles = num_kv_heads * (self.longest().min(MAX_DECODE_ROWS) * group).div_ceil(DECODE_TILE).max(1);
+        let splits = cuda.attention.decode_splits(sequences * tiles);
+        // The last z is for the rows of no sequence.
+        let launch = self.launch(kernel, THREADS, decode_bytes(head_dim))?.grid([splits, tiles, sequences + 1]);
+        let launch = launch.pointer(rope.map_or(0, |rope| pointer(rope.cos_sin))).pointer(rope.map_or(0, |rope| pointer(rope.slots)));
+        let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
+        let launch = launch.int(num_kv_heads).int(group).int(self.window()).int(MAX_DECODE_ROWS).float(scale(step.shape));
+        // SAFETY: shapes were checked, splits have room, and the kernel stays within its tensors whatever the indices are. Without
+        // `rope` it does not read what there is none of.
+        unsafe { launch.run() }
+    }
+
+    /// Attention of the sequences with many rows.
+    fn prefill(&self, kernels: &Kernels) -> Result<()> {
+        let Self { cuda, qkv, kv, step, .. } = self;
+        let AttentionShape { num_kv_heads, head_dim, .. } = step.shape;
+        let (rows, group, window, sequences) = (self.longest(), self.group(), self.window(), step.context_lens.rows());
+        let scratch = &cuda.attention;
+        let launch = if scratch.wgmma {
+            let tiling = Tiling::wgmma(head_dim, PREFILL_WARPGROUPS);
+            let blocks = scratch.blocks(tiling, num_kv_heads, sequences, rows * group, qkv.rows() * group);
+            let launch = self.launch(kernels.prefill_wgmma, tiling.threads, tiling.shared_bytes + tiling.rows * SEEN_BYTES)?;
+            launch.grid([blocks, 1, 1]).int(scratch.wave(tiling)).int(sequences).int(num_kv_heads)
+        } else {
+            let tiling = Tiling::mma(head_dim);
+            let tiles = (rows * group).div_ceil(tiling.rows);
+            let longest = window.saturating_add(rows).min(step.block_tables.cols() * kv.block_size);
+            let splits = scratch.splits(tiling, tiles * num_kv_heads * sequences, longest);
+            let shared_bytes = tiling.shared_bytes + tiling.rows * SEEN_BYTES + PREFILL_SLOT_BYTES;
+            let launch = self.launch(kernels.prefill, tiling.threads, shared_bytes)?;
+            launch.grid([tiles * splits, num_kv_heads, sequences]).int(splits)
+        };
+        let launch = launch.int(qkv.rows()).int(step.block_tables.cols()).int(kv.block_size).int(kv.k.rows());
+        let launch = launch.int(group).int(window).int(MAX_DECODE_ROWS).float(scale(step.shape));
+        // SAFETY: as in `decode`.
+        unsafe { launch.run() }
+    }
 }

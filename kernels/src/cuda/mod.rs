@@ -25,7 +25,7 @@ pub use attention::AttentionKernels;
 pub use driver::DeviceBuffer;
 
 use crate::{
-    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm,
+    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope,
     SwigluScratch, Tensor, Upload, VarlenAttention, check, weights::WeightView,
 };
 use driver::{Device, DevicePtr, Stream};
@@ -281,16 +281,12 @@ impl Backend for Cuda {
         norm::layer_norm(self, x, weight, bias, eps, out)
     }
 
-    fn rope_and_store_kv(
-        &self,
-        qkv: &mut Tensor<Self>,
-        positions: &Tensor<Self>,
-        slots: &Tensor<Self>,
-        inv_freq: &Tensor<Self>,
-        shape: AttentionShape,
-        kv: &mut KvCache<Self>,
-    ) -> Result<()> {
-        rope::rope_and_store_kv(self, qkv, positions, slots, inv_freq, shape, kv)
+    fn rope_cos_sin(&self, positions: &Tensor<Self>, inv_freq: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        rope::rope_cos_sin(self, positions, inv_freq, out)
+    }
+
+    fn rope_and_store_kv(&self, qkv: &mut Tensor<Self>, rope: Rope<'_, Self>, shape: AttentionShape, kv: &mut KvCache<Self>) -> Result<()> {
+        rope::rope_and_store_kv(self, qkv, rope, shape, kv)
     }
 
     fn paged_attention(
@@ -301,6 +297,17 @@ impl Backend for Cuda {
         out: &mut Tensor<Self>,
     ) -> Result<()> {
         attention::paged(self, qkv, kv, step, out)
+    }
+
+    fn rope_and_paged_attention(
+        &self,
+        qkv: &mut Tensor<Self>,
+        rope: Rope<'_, Self>,
+        kv: &mut KvCache<Self>,
+        step: &PagedAttention<'_, Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        attention::rope_paged(self, qkv, rope, kv, step, out)
     }
 
     fn attention_varlen(&self, attention: &VarlenAttention<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {

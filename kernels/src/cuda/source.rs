@@ -30,6 +30,7 @@ impl Source {
 pub const HEADERS: &[Source] = &[
     Source::new("common.cuh", include_str!("../../cu/common.cuh")),
     Source::new("flash.cuh", include_str!("../../cu/flash.cuh")),
+    Source::new("rope.cuh", include_str!("../../cu/rope.cuh")),
     Source::new("flash_sm90.cuh", include_str!("../../cu/flash_sm90.cuh")),
     Source::new("ptx_sm90.cuh", include_str!("../../cu/ptx_sm90.cuh")),
     Source::new("rank.cuh", include_str!("../../cu/rank.cuh")),

@@ -6,7 +6,7 @@ use crate::{
     support::*,
 };
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Error, KvCache, PagedAttention, VarlenAttention,
+    AttentionShape, Backend, DType, Error, KvCache, PagedAttention, Rope, VarlenAttention,
     cuda::{AttentionKernels, Cuda, CudaOptions},
 };
 
@@ -268,9 +268,9 @@ fn indices_that_make_no_sense_harm_no_other_memory() {
             let (sequences, rows, width, block_size, blocks) =
                 (1 + rng.below(3), rng.below(40), rng.below(4), 1 + rng.below(7), rng.below(5));
             let data = |rng: &mut Rng, rows: usize, cols: usize| tensor(&cuda, rows, cols, &units(rng, rows * cols));
-            let qkv = data(rng, rows, shape.q_size() + 2 * shape.kv_size());
+            let mut qkv = data(rng, rows, shape.q_size() + 2 * shape.kv_size());
             let [k, v] = [0, 1].map(|_| data(rng, blocks * block_size, shape.kv_size()));
-            let kv = KvCache { k, v, block_size };
+            let mut kv = KvCache { k, v, block_size };
             let starts = indices(&cuda, &garbage(rng, sequences + 1, rows));
             let step = PagedAttention {
                 positions: &indices(&cuda, &garbage(rng, rows, width * block_size)),
@@ -284,6 +284,16 @@ fn indices_that_make_no_sense_harm_no_other_memory() {
             let mut out = poisoned(&cuda, rows, shape.q_size(), DType::Bf16);
             cuda.paged_attention(&qkv, &kv, &step, &mut out).unwrap();
             assert_untouched_around("paged_attention", &cuda, &mut out);
+            // With rows that are few enough to be rotated on the way.
+            let rope = Rope {
+                cos_sin: &elements(&cuda, rows, shape.head_dim, &rng.units(rows * shape.head_dim)),
+                slots: &indices(&cuda, &garbage(rng, rows, blocks * block_size)),
+            };
+            let step = PagedAttention { max_seqlen_q: rows.min(1 + case % 8), ..step };
+            cuda.rope_and_paged_attention(&mut qkv, rope, &mut kv, &step, &mut out).unwrap();
+            for (name, tensor) in [("out", &mut out), ("k", &mut kv.k), ("v", &mut kv.v)] {
+                assert_untouched_around(name, &cuda, tensor);
+            }
             let attention = VarlenAttention {
                 q: qkv.columns(0),
                 k: kv.k.columns(0),

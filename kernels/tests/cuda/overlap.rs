@@ -7,7 +7,7 @@ use crate::{
 };
 use half::bf16;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, SwigluScratch, Tensor,
+    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, Rope, SwigluScratch, Tensor,
     VarlenAttention,
     cuda::{Cuda, CudaOptions},
 };
@@ -158,8 +158,8 @@ fn attention_waits_for_the_kernels_ahead() {
     let cuda = &open();
     let shape = AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
     let (q_size, kv_size) = (shape.q_size(), shape.kv_size());
-    // One row behind 700 keys, which are split, and 40 rows that are prefill's.
-    for (rows, past) in [(1, 700), (40, 9)] {
+    // One row behind 700 keys, which are split, and 40 rows that are prefill's; rotated by a kernel ahead or by attention itself.
+    for (rows, past, fused) in [(1, 700, false), (1, 700, true), (40, 9, false)] {
         let keys = rows + past;
         let cached = || Input::units(cuda, keys, kv_size);
         let positions = |shift: usize| (past - shift..keys - shift).map(|position| position as i32).collect::<Vec<i32>>();
@@ -177,12 +177,14 @@ fn attention_waits_for_the_kernels_ahead() {
         let (cu_seqlens_q, block_tables) = (indices(cuda, &[0, rows as i32]), indices(cuda, &[0]));
         let mut kv = [(); 2].map(|()| poisoned(cuda, keys, kv_size, DType::Bf16)).into_iter();
         let mut kv = KvCache { k: kv.next().unwrap(), v: kv.next().unwrap(), block_size: keys };
+        let mut cos_sin = poisoned(cuda, rows, shape.head_dim, DType::F32);
         let mut out = poisoned(cuda, rows, q_size, DType::Bf16);
-        check(cuda, &format!("attention of {rows} rows"), inputs, &mut out, &mut |inputs, out| {
+        check(cuda, &format!("attention of {rows} rows, fused: {fused}"), inputs, &mut out, &mut |inputs, out| {
             let [qkv, positions, slots, context_lens, k, v] = inputs else { unreachable!("six inputs") };
             cuda.gather_rows(&k.live, &k.rows, &mut kv.k).unwrap();
             cuda.gather_rows(&v.live, &v.rows, &mut kv.v).unwrap();
-            cuda.rope_and_store_kv(&mut qkv.live, &positions.live, &slots.live, &inv_freq, shape, &mut kv).unwrap();
+            cuda.rope_cos_sin(&positions.live, &inv_freq, &mut cos_sin).unwrap();
+            let rope = Rope { cos_sin: &cos_sin, slots: &slots.live };
             let step = PagedAttention {
                 positions: &positions.live,
                 cu_seqlens_q: &cu_seqlens_q,
@@ -192,7 +194,12 @@ fn attention_waits_for_the_kernels_ahead() {
                 sliding_window: None,
                 shape,
             };
-            cuda.paged_attention(&qkv.live, &kv, &step, out).unwrap();
+            if fused {
+                cuda.rope_and_paged_attention(&mut qkv.live, rope, &mut kv, &step, out).unwrap();
+            } else {
+                cuda.rope_and_store_kv(&mut qkv.live, rope, shape, &mut kv).unwrap();
+                cuda.paged_attention(&qkv.live, &kv, &step, out).unwrap();
+            }
         });
     }
 

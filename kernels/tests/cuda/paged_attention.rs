@@ -5,7 +5,7 @@ use crate::{
     common::{Comparison, Rng},
     support::*,
 };
-use idefics_kernels::{AttentionShape, Backend, DType, GraphKey, KvCache, PagedAttention, Tensor, cuda::Cuda};
+use idefics_kernels::{AttentionShape, Backend, DType, GraphKey, KvCache, PagedAttention, Rope, Tensor, cuda::Cuda};
 
 /// A sequence of a paged step: how many tokens came before, and how many rows it has now.
 pub(crate) type Span = (usize, usize);
@@ -21,6 +21,7 @@ pub(crate) struct Paged {
 }
 
 /// Numbers of a paged case.
+#[derive(Clone)]
 struct Data {
     qkv: Vec<f32>,
     /// Caches in shuffled blocks; what no sequence owns is poison.
@@ -96,7 +97,8 @@ impl Paged {
         }
     }
 
-    fn launch(&self, cuda: &Cuda, step: &mut Step) {
+    /// Attention of rows that are rotated and in the cache, or, with `rope`, are not yet.
+    fn launch(&self, cuda: &Cuda, step: &mut Step, rope: Option<Rope<'_, Cuda>>) {
         let attention = PagedAttention {
             positions: &step.positions,
             cu_seqlens_q: &step.cu_seqlens_q,
@@ -106,7 +108,10 @@ impl Paged {
             sliding_window: self.window,
             shape: self.shape,
         };
-        cuda.paged_attention(&step.qkv, &step.kv, &attention, &mut step.out).unwrap();
+        match rope {
+            None => cuda.paged_attention(&step.qkv, &step.kv, &attention, &mut step.out).unwrap(),
+            Some(rope) => cuda.rope_and_paged_attention(&mut step.qkv, rope, &mut step.kv, &attention, &mut step.out).unwrap(),
+        }
     }
 
     fn assert_right(&self, cuda: &Cuda, data: &Data, step: &mut Step) {
@@ -140,8 +145,48 @@ impl Paged {
         let mut step = self.step(cuda, &data);
         // Twice: what the splits of the first left behind must not show in the second.
         for _ in 0..2 {
-            self.launch(cuda, &mut step);
+            self.launch(cuda, &mut step, None);
             self.assert_right(cuda, &data, &mut step);
+        }
+    }
+
+    /// The slots of the rows.
+    fn slots(&self, data: &Data) -> Vec<i32> {
+        let sequences = self.spans.iter().zip(data.tables.chunks(data.width));
+        let slots = sequences.flat_map(|(&(before, rows), table)| {
+            let slot = |t: usize| table[t / self.block_size] * self.block_size as i32 + (t % self.block_size) as i32;
+            (before..before + rows).map(slot)
+        });
+        slots.collect()
+    }
+
+    /// That attention which rotates rows and stores their keys and values gives what it gives when that was done ahead of it, and
+    /// leaves the same cache.
+    fn run_fused(&self, cuda: &Cuda) {
+        let longest = self.spans.iter().map(|(before, rows)| before + rows).max().unwrap_or(0);
+        let mut data = self.data(longest.div_ceil(self.block_size) + 1);
+        let (kv_size, slots) = (self.shape.kv_size(), self.slots(&data));
+        for slot in &slots {
+            data.k[*slot as usize * kv_size..][..kv_size].fill(f32::NAN);
+            data.v[*slot as usize * kv_size..][..kv_size].fill(f32::NAN);
+        }
+        let half = self.shape.head_dim / 2;
+        let inv_freq: Vec<f32> = (0..half).map(|j| 10_000f32.powf(-(j as f32) / half as f32)).collect();
+        let mut cos_sin = poisoned(cuda, self.rows(), 2 * half, DType::F32);
+        cuda.rope_cos_sin(&indices(cuda, &self.positions()), &elements(cuda, 1, half, &inv_freq), &mut cos_sin).unwrap();
+        let rope = Rope { cos_sin: &cos_sin, slots: &indices(cuda, &slots) };
+
+        let mut ahead = self.step(cuda, &data);
+        cuda.rope_and_store_kv(&mut ahead.qkv, rope, self.shape, &mut ahead.kv).unwrap();
+        let [qkv, k, v] = [&ahead.qkv, &ahead.kv.k, &ahead.kv.v].map(|tensor| read(cuda, tensor));
+        let rotated = Data { qkv, k, v, ..data.clone() };
+        let mut step = self.step(cuda, &data);
+        self.launch(cuda, &mut step, Some(rope));
+        self.assert_right(cuda, &rotated, &mut step);
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        for (name, found, expected) in [("k", &mut step.kv.k, &rotated.k), ("v", &mut step.kv.v, &rotated.v)] {
+            assert!(bits(&read(cuda, found)) == bits(expected), "{:?}: {name} in the cache differs", self.spans);
+            assert_untouched_around(name, cuda, found);
         }
     }
 }
@@ -172,6 +217,51 @@ fn long_contexts_are_split_and_put_together() {
     paged(&cuda, heads(4, 1, 72), 16, None, &[(510, 1), (0, 1)]);
     paged(&cuda, heads(8, 1, 64), 16, None, &[(600, 3)]);
     paged(&cuda, heads(2, 2, 96), 16, None, &[(128, 1), (127, 1), (1024, 1)]);
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn rows_are_rotated_and_stored_on_their_way_into_attention() {
+    let fused = |cuda: &Cuda, shape, block_size, window, spans: &[Span]| {
+        Paged { shape, block_size, window, spans: spans.to_vec(), size: 4.0, seed: spans.len() as u64 }.run_fused(cuda);
+    };
+    let cuda = &open();
+    for head_dim in HEAD_DIMS {
+        for block_size in [1, 7, 16] {
+            fused(cuda, heads(4, 1, head_dim), block_size, None, &[(0, 1), (15, 1), (16, 1), (0, 0), (100, 1)]);
+        }
+    }
+    for rows in 1..=9 {
+        fused(cuda, heads(4, 1, 128), 16, None, &[(30, rows), (0, rows), (300, rows)]);
+    }
+    // Tiles of several rows, and splits of which some have no new key.
+    fused(cuda, heads(24, 2, 64), 4, None, &[(140, 1), (0, 1), (20, 7)]);
+    fused(cuda, heads(8, 2, 128), 16, None, &[(2100, 1)]);
+    fused(cuda, heads(8, 1, 64), 16, None, &[(600, 8)]);
+    for window in [1, 3, 16, 130] {
+        fused(cuda, heads(4, 1, 128), 16, Some(window), &[(0, 1), (300, 1), (250, 8), (12, 5)]);
+    }
+    // Prompts beside them.
+    fused(cuda, heads(4, 1, 128), 16, None, &[(0, 40), (100, 1), (9, 33)]);
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn rows_without_a_slot_are_stored_nowhere() {
+    let cuda = &open();
+    for head_dim in [64, 128] {
+        let case = Paged { shape: heads(2, 1, head_dim), block_size: 16, window: None, spans: vec![(20, 1), (5, 5)], size: 1.0, seed: 1 };
+        let data = case.data(3);
+        let mut step = case.step(cuda, &data);
+        let cos_sin = elements(cuda, case.rows(), head_dim, &vec![1f32; case.rows() * head_dim]);
+        let slots = [-1, step.kv.k.rows() as i32, i32::MAX, i32::MIN, -2, -(step.kv.k.rows() as i32)];
+        case.launch(cuda, &mut step, Some(Rope { cos_sin: &cos_sin, slots: &indices(cuda, &slots) }));
+        for (name, found, before) in [("k", &mut step.kv.k, &data.k), ("v", &mut step.kv.v, &data.v)] {
+            let same = read(cuda, found).iter().zip(before).all(|(a, b)| a == b || a.is_nan() && b.is_nan());
+            assert!(same, "head size {head_dim}: {name} was stored");
+            assert_untouched_around(name, cuda, found);
+        }
+    }
 }
 
 #[test]
@@ -228,7 +318,7 @@ fn a_recorded_step_is_right_for_other_contexts() {
         cuda.upload(&case.context_lens(), &mut step.context_lens).unwrap();
         cuda.upload(&data.tables, &mut step.block_tables).unwrap();
         cuda.graphed(GraphKey { name: "decode", sizes: [3, 0, 0] }, &mut || {
-            case.launch(&cuda, &mut step);
+            case.launch(&cuda, &mut step, None);
             Ok(())
         })
         .unwrap();

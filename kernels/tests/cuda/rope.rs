@@ -2,7 +2,7 @@ use crate::{
     common::{Rng, assert_close},
     support::*,
 };
-use idefics_kernels::{AttentionShape, Backend, DType, KvCache};
+use idefics_kernels::{AttentionShape, Backend, DType, KvCache, Rope};
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
@@ -19,9 +19,11 @@ fn heads_are_rotated_and_keys_and_values_stored() {
         let inv_freq: Vec<f32> = (0..half).map(|j| 1.0 / 10_000f32.powf((2 * j) as f32 / head_dim as f32)).collect();
         let mut qkv = tensor(&cuda, rows, cols, &values);
         let mut kv = KvCache { k: poisoned(&cuda, 12, kv_size, DType::Bf16), v: poisoned(&cuda, 12, kv_size, DType::Bf16), block_size: 4 };
-        let (positions_in, slots_in) = (indices(&cuda, &positions), indices(&cuda, &slots));
-        let inv_freq_in = elements(&cuda, 1, half, &inv_freq);
-        cuda.rope_and_store_kv(&mut qkv, &positions_in, &slots_in, &inv_freq_in, shape, &mut kv).unwrap();
+        let mut cos_sin = poisoned(&cuda, rows, head_dim, DType::F32);
+        cuda.rope_cos_sin(&indices(&cuda, &positions), &elements(&cuda, 1, half, &inv_freq), &mut cos_sin).unwrap();
+        let rope = Rope { cos_sin: &cos_sin, slots: &indices(&cuda, &slots) };
+        cuda.rope_and_store_kv(&mut qkv, rope, shape, &mut kv).unwrap();
+        assert_untouched_around("cos_sin", &cuda, &mut cos_sin);
 
         let rotated = |row: usize, head: usize| -> Vec<f64> {
             let x = &values[row * cols + head * head_dim..][..head_dim];

@@ -5,7 +5,7 @@
 
 use idefics_common::checkpoint::TextConfig;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Epilogue, KvCache, Matrix, PagedAttention, Result, RmsNorm, SwigluScratch, Tensor, WeightLoader,
+    AttentionShape, Backend, DType, Epilogue, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope, SwigluScratch, Tensor, WeightLoader,
 };
 
 struct Attention<B: Backend> {
@@ -33,8 +33,8 @@ impl<B: Backend> Attention<B> {
         paged: &PagedAttention<'_, B>,
     ) -> Result<()> {
         backend.rms_norm_linear(&ws.hidden, norm, &self.qkv_proj, &mut ws.normed, &mut ws.qkv)?;
-        backend.rope_and_store_kv(&mut ws.qkv, &step.positions, &step.slots, &ws.inv_freq, paged.shape, kv)?;
-        backend.paged_attention(&ws.qkv, kv, paged, &mut ws.attention)?;
+        let rope = Rope { cos_sin: &ws.cos_sin, slots: &step.slots };
+        backend.rope_and_paged_attention(&mut ws.qkv, rope, kv, paged, &mut ws.attention)?;
         backend.linear(&ws.attention, &self.o_proj, None, Epilogue::Accumulate, &mut ws.hidden)
     }
 }
@@ -132,6 +132,7 @@ pub struct Workspace<B: Backend> {
     normed_outputs: Tensor<B>, // [O, hidden]
     logits: Tensor<B>,         // [O, vocab] f32
     inv_freq: Tensor<B>,       // [1, head_dim / 2] f32
+    cos_sin: Tensor<B>,        // [T, head_dim] f32: of the tokens' angles, for all layers
 }
 
 impl<B: Backend> Workspace<B> {
@@ -159,6 +160,7 @@ impl<B: Backend> Workspace<B> {
             normed_outputs: alloc(max_outputs, hidden)?,
             logits: backend.alloc(max_outputs, config.vocab_size, DType::F32)?,
             inv_freq,
+            cos_sin: backend.alloc(max_tokens, 2 * half, DType::F32)?,
         })
     }
 
@@ -168,7 +170,8 @@ impl<B: Backend> Workspace<B> {
     /// If the workspace has no room for so many.
     pub fn set_rows(&mut self, tokens: usize, outputs: usize) -> Result<()> {
         self.set_outputs(outputs)?;
-        for tensor in [&mut self.hidden, &mut self.normed, &mut self.qkv, &mut self.attention, &mut self.gate_up, &mut self.activated] {
+        let Self { hidden, normed, qkv, attention, gate_up, activated, cos_sin, .. } = self;
+        for tensor in [hidden, normed, qkv, attention, gate_up, activated, cos_sin] {
             tensor.set_rows(tokens)?;
         }
         Ok(())
@@ -254,6 +257,7 @@ impl<B: Backend> Mistral<B> {
         if let Some(images) = images {
             backend.scatter_rows(&images.tokens, &images.rows, &mut ws.hidden)?;
         }
+        backend.rope_cos_sin(&step.positions, &ws.inv_freq, &mut ws.cos_sin)?;
         for (layer, kv) in self.layers.iter().zip(kv) {
             layer.forward(backend, ws, kv, step, &paged, self.eps)?;
         }

@@ -2,8 +2,8 @@
 //! waits for them, and what went wrong is known by then and not before.
 
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, Tensor, Upload,
-    Values, VarlenAttention,
+    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, Rope, Tensor,
+    Upload, Values, VarlenAttention,
     cpu::{Cpu, CpuOptions},
     weights::WeightView,
 };
@@ -226,16 +226,13 @@ impl Backend for Card {
         self.cpu.layer_norm(&lend(x), &weight.storage, &bias.storage, eps, &mut lend(out))
     }
 
-    fn rope_and_store_kv(
-        &self,
-        qkv: &mut Tensor<Self>,
-        positions: &Tensor<Self>,
-        slots: &Tensor<Self>,
-        inv_freq: &Tensor<Self>,
-        shape: AttentionShape,
-        kv: &mut KvCache<Self>,
-    ) -> Result<()> {
-        with_kv(kv, |kv| self.cpu.rope_and_store_kv(&mut lend(qkv), &lend(positions), &lend(slots), &lend(inv_freq), shape, kv))
+    fn rope_cos_sin(&self, positions: &Tensor<Self>, inv_freq: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        self.cpu.rope_cos_sin(&lend(positions), &lend(inv_freq), &mut lend(out))
+    }
+
+    fn rope_and_store_kv(&self, qkv: &mut Tensor<Self>, rope: Rope<'_, Self>, shape: AttentionShape, kv: &mut KvCache<Self>) -> Result<()> {
+        let rope = Rope { cos_sin: &*lend(rope.cos_sin), slots: &*lend(rope.slots) };
+        with_kv(kv, |kv| self.cpu.rope_and_store_kv(&mut lend(qkv), rope, shape, kv))
     }
 
     fn paged_attention(
