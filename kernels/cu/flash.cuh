@@ -30,8 +30,8 @@ struct Head {
   static constexpr int CHUNKS = D / 8;                   // of 16 bytes
   static constexpr int PITCH = (CHUNKS | 1) * 16;        // bytes from row to row in shared memory
   static constexpr bool Q_IN_REGISTERS = D <= 96;        // else they are read again for each tile
-  static constexpr int KEYS = Q_IN_REGISTERS ? 64 : 48;  // of a tile
-  static constexpr int PART = D <= 96 ? 32 : 48;         // keys whose scores are in registers at a time
+  static constexpr int KEYS = Q_IN_REGISTERS ? 64 : 32;  // of a tile: two blocks fit the 164 KiB of an A100's multiprocessor
+  static constexpr int PART = 32;                        // keys whose scores are in registers at a time
   static constexpr int STAGE = 2 * KEYS * PITCH;         // bytes: keys, then values
   static constexpr int PASS = THREADS / CHUNKS;          // rows that a block copies at a time
   static constexpr int BLOCKS = D <= 72 ? 3 : 2;         // per multiprocessor: exponentials of one run beside products of others

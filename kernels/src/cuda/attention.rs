@@ -102,7 +102,7 @@ impl Tiling {
         Self {
             rows,
             threads: THREADS,
-            shared_bytes: 32 + if head_dim <= 96 { 4 * 64 * pitch } else { (4 * 48 + rows) * pitch },
+            shared_bytes: 32 + if head_dim <= 96 { 4 * 64 * pitch } else { (4 * 32 + rows) * pitch },
             blocks_per_multiprocessor: if head_dim <= 72 { 3 } else { 2 },
             partial_len: THREADS * (head_dim + 8),
         }

@@ -152,7 +152,7 @@ fn tiles_of_queries_and_keys_end_anywhere() {
         // Many tiles for one block: every stage is filled several times.
         packed(&cuda, heads(4, 4, 64), &[(5, 1250)]);
         packed(&cuda, heads(4, 4, 128), &[(70, 1000)]);
-        packed(&cuda, heads(1, 1, 128), &[(127, 47), (128, 48), (129, 49), (1, 96), (2, 97)]);
+        packed(&cuda, heads(1, 1, 128), &[(127, 31), (128, 32), (129, 33), (1, 64), (2, 65), (3, 95)]);
         packed(&cuda, heads(1, 1, 128), &[(127, 63), (128, 64), (129, 65), (64, 128), (1, 129), (2, 400)]);
         packed(&cuda, heads(6, 2, 64), &[(43, 129), (42, 128)]);
     }
