@@ -419,6 +419,7 @@ __device__ __forceinline__ void attend(Accumulator<H>& result, Header& header, K
     ptx::wgmma_wait<1>();
     ptx::settle(s);
     const bool risen = probabilities(tile + 1);
+    ptx::finish_before_wait(result.sum);
     ptx::wgmma_wait<0>();
     ptx::settle(result.o);
     arrive(empty + tile % STAGES * 8);

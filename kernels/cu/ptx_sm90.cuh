@@ -31,6 +31,11 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// Keeps what these sums are made of ahead of the wait behind this. Nothing else does: no register that a product writes depends on
+// it, so ptxas schedules it behind the wait, where it no longer runs beside the products. Sums are never negative.
+__device__ __forceinline__ void finish_before_wait(const float (&sums)[2]) {
+  if (sums[0] < 0.f || sums[1] < 0.f) asm volatile("nanosleep.u32 0;");
+}
 // Keeps the compiler from moving uses of registers over a wait that it does not know to be about them.
 template <int N>
 __device__ __forceinline__ void settle(float (&registers)[N]) {

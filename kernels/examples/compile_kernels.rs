@@ -1,11 +1,21 @@
 //! Compiles every CUDA kernel with NVRTC, without a card, and compares registers and spills with the recorded ones.
 //!
-//! `cargo run -p idefics-kernels --example compile_kernels [-- --record]`, with the folder of libnvrtc on `LD_LIBRARY_PATH`. Fails
-//! if a kernel does not compile without warnings, or takes more registers or spills more than `cu/resources.tsv` says; `--record`
-//! rewrites that file.
+//! `cargo run -p idefics-kernels --example compile_kernels [-- --record] [--cubins FOLDER]`, with the folder of libnvrtc on
+//! `LD_LIBRARY_PATH`. Fails if a kernel does not compile without warnings, or takes more registers or spills more than
+//! `cu/resources.tsv` says; `--record` rewrites that file, `--cubins` keeps the machine code.
 
-use idefics_kernels::cuda::{nvrtc, source::SOURCES};
-use std::{collections::BTreeMap, fmt, fs, path::Path, process::ExitCode};
+use idefics_kernels::cuda::{
+    nvrtc::{self, Compiled},
+    source::{SOURCES, Source},
+};
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    path::Path,
+    process::ExitCode,
+    sync::{Mutex, PoisonError},
+    thread,
+};
 
 /// A100, H100, B200, RTX PRO 6000 Blackwell: each with instructions, or limits, that the others do not have.
 const COMPUTE_CAPABILITIES: [(i32, i32); 4] = [(8, 0), (9, 0), (10, 0), (12, 0)];
@@ -72,23 +82,44 @@ fn write(path: &Path, table: &Table) -> std::io::Result<()> {
     fs::write(path, text)
 }
 
+type Answer = (&'static Source, String, idefics_kernels::Result<Compiled>);
+
+/// Compiles every source for every architecture that it is for, on all processors.
+fn compile_all() -> Vec<Answer> {
+    let capabilities = |source: &'static Source| COMPUTE_CAPABILITIES.into_iter().filter(|one| source.is_for(*one));
+    let jobs = Mutex::new(SOURCES.iter().flat_map(|source| capabilities(source).map(move |capability| (source, capability))));
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        let compile = |(source, capability)| (source, nvrtc::architecture(capability), nvrtc::compile(source, capability));
+        std::iter::from_fn(next).map(compile).collect::<Vec<_>>()
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..thread::available_parallelism().map_or(1, |n| n.get())).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a worker does not panic")).collect()
+    })
+}
+
 fn main() -> ExitCode {
-    let record = std::env::args().any(|arg| arg == "--record");
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let record = arguments.iter().any(|argument| argument == "--record");
+    let cubins = arguments.iter().position(|argument| argument == "--cubins").and_then(|at| arguments.get(at + 1)).map(Path::new);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("cu").join("resources.tsv");
     let (recorded, mut found, mut failures) = (read(&path), Table::new(), Vec::new());
-    for source in SOURCES {
-        for compute_capability in COMPUTE_CAPABILITIES.into_iter().filter(|one| source.is_for(*one)) {
-            let architecture = nvrtc::architecture(compute_capability);
-            match nvrtc::compile(source, compute_capability) {
-                Ok(compiled) => {
-                    // A loss of performance: when products of warpgroups wait for each other, as a register could be touched in between.
-                    let warns = |line: &&str| line.contains("warning") || line.contains("Potential Performance Loss");
-                    let warnings = compiled.log.lines().filter(warns);
-                    failures.extend(warnings.map(|line| format!("{} for {architecture}: {line}", source.name)));
-                    parse(source.name, &architecture, &compiled.log, &mut found);
+    for (source, architecture, answer) in compile_all() {
+        match answer {
+            Ok(compiled) => {
+                // A loss of performance: when products of warpgroups wait for each other, as a register could be touched in between.
+                let warns = |line: &&str| ["warning", "Potential Performance Loss", "(C75"].iter().any(|word| line.contains(word));
+                let warnings = compiled.log.lines().filter(warns);
+                failures.extend(warnings.map(|line| format!("{} for {architecture}: {line}", source.name)));
+                parse(source.name, &architecture, &compiled.log, &mut found);
+                if let Some(folder) = cubins {
+                    let file = folder.join(format!("{}.{architecture}.cubin", source.name));
+                    let kept = fs::create_dir_all(folder).and_then(|()| fs::write(&file, &compiled.cubin));
+                    failures.extend(kept.err().map(|error| format!("{} cannot be written: {error}", file.display())));
                 }
-                Err(error) => failures.push(error.to_string()),
             }
+            Err(error) => failures.push(error.to_string()),
         }
     }
     for (kernel, now) in &found {

@@ -268,6 +268,7 @@ static inline void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], unsigned lon
 // What the instructions leave in registers on a card is there for the compiler only after this.
 template <int N>
 static inline void settle(float (&)[N]) {}
+static inline void finish_before_wait(const float (&)[2]) {}
 
 // Hands this thread's copies that have landed to the asynchronous proxy.
 static inline void fence_proxy_async() {
