@@ -187,6 +187,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
         rows
     }
 
+    /// Sequences to which a step of decoding `sequences` is filled up with empty ones, for the same reason.
+    fn padded_sequences(&self, sequences: usize) -> usize {
+        sequences
+    }
+
     /// Element type of activations and of the KV cache.
     fn activation_dtype(&self) -> DType;
 

@@ -83,6 +83,16 @@ impl<T: Element> Download<T> {
         Self { len, arrive: Box::new(arrive) }
     }
 
+    /// Elements that are on their way.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Waits for the copy, and for nothing that was queued behind it, and writes the elements to `dst`.
     ///
     /// # Errors

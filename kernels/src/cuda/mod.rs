@@ -179,6 +179,11 @@ impl Backend for Cuda {
         rows.next_multiple_of(PASS_ROWS)
     }
 
+    fn padded_sequences(&self, sequences: usize) -> usize {
+        // A step of up to 8 reads the weights once, whatever their number.
+        if sequences > 4 { sequences.next_multiple_of(8) } else { sequences.next_power_of_two() }
+    }
+
     fn activation_dtype(&self) -> DType {
         DType::Bf16
     }

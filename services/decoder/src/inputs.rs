@@ -120,7 +120,8 @@ impl<B: Backend> Inputs<B> {
     /// Uploads the step. With `sources`, it is one token for each sequence, behind a step that is in flight and gives it: that step's
     /// tokens, at these rows, are its input.
     ///
-    /// Where the tensors of a decode step lie depends on its number of sequences, on the width of its block tables, on whether
+    /// A step of decoding, one token for each sequence and a next one wanted for each, is filled up with empty sequences to as many as
+    /// the backend likes; what comes of them follows all else. Where its tensors lie depends on their number, on the width of its block tables, on whether
     /// there are draws and sources, and on `place`: on what a graph of it is known by.
     pub(crate) fn fill(
         &mut self,
@@ -169,8 +170,31 @@ impl<B: Backend> Inputs<B> {
             }
         }
         self.step.max_seqlen_q = step.iter().map(|part| part.num_tokens).max().unwrap_or(0);
+        if self.step.max_seqlen_q == 1 && outputs.len() == step.len() {
+            self.pad(backend.padded_sequences(step.len()), width);
+        }
         self.upload(backend, width)?;
         Ok(outputs)
+    }
+
+    /// Adds empty sequences, up to `sequences` or as many as there is room for, and a row for each that belongs to none.
+    fn pad(&mut self, sequences: usize, width: usize) {
+        let (host, limits) = (&mut self.host, &self.limits);
+        let real = host.context_lens.len();
+        let rows = sequences.min(limits.sequences).min(limits.tokens).min(limits.outputs).max(real);
+        host.token_ids.resize(rows, 0);
+        host.positions.resize(rows, 0);
+        host.slots.resize(rows, -1);
+        host.cu_seqlens_q.resize(rows + 1, real as i32);
+        host.context_lens.resize(rows, 0);
+        host.block_tables.resize(rows * width, 0);
+        host.output_rows.extend(real as i32..rows as i32);
+        if !host.sources.is_empty() {
+            host.sources.resize(rows, 0);
+        }
+        if self.drawing.num_rows() > 0 {
+            (real..rows).for_each(|_| self.drawing.push(DrawRow::GREEDY));
+        }
     }
 
     fn upload(&mut self, backend: &B, width: usize) -> Result<()> {

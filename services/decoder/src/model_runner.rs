@@ -229,14 +229,13 @@ impl<B: Backend> ModelRunner<B> {
 
     fn queue(&mut self, step: &[Scheduled], sequences: &[Sequence], sources: Option<&[usize]>, has_images: bool) -> Result<Launched> {
         let outputs = self.inputs.fill(&self.backend, step, sequences, sources)?;
-        let rows = outputs.iter().map(|output| output.rows).sum();
         let (all_drawn, any_drawn) = (outputs.iter().all(|output| output.draw.is_some()), self.inputs.drawing.num_rows() > 0);
         let Self { backend, model, kv, workspace, inputs, images, scoring, .. } = self;
         let images = has_images.then_some(&*images);
         // Not within `graphed`, which does not come back to this code when it replays.
-        workspace.set_rows(inputs.step.token_ids.rows(), rows)?;
-        let width = inputs.step.block_tables.cols();
-        let key = |name| GraphKey { name, sizes: [step.len(), width, inputs.place] };
+        workspace.set_rows(inputs.step.token_ids.rows(), inputs.step.output_rows.rows())?;
+        let [sequences, width] = [inputs.step.block_tables.rows(), inputs.step.block_tables.cols()];
+        let key = |name| GraphKey { name, sizes: [sequences, width, inputs.place] };
         let decodes = images.is_none() && inputs.step.max_seqlen_q == 1 && outputs.len() == step.len();
         match (decodes, all_drawn) {
             (true, true) => {
@@ -270,7 +269,7 @@ impl<B: Backend> ModelRunner<B> {
     pub fn finish(&mut self, launched: Launched, on_prompt: OnPromptLogprobs<'_>) -> Result<Vec<(usize, Next<'_>)>> {
         let Launched { outputs, prompt_places, tokens, scores } = launched;
         if let Some(tokens) = tokens {
-            self.tokens.resize(outputs.iter().map(|output| output.rows).sum(), 0);
+            self.tokens.resize(tokens.len(), 0);
             tokens.wait(&mut self.tokens)?;
         }
         if let Some(scores) = scores {

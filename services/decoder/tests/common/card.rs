@@ -143,6 +143,10 @@ impl Backend for Card {
         self.cpu.step_tokens()
     }
 
+    fn padded_sequences(&self, sequences: usize) -> usize {
+        sequences.next_multiple_of(3)
+    }
+
     fn activation_dtype(&self) -> DType {
         self.cpu.activation_dtype()
     }
