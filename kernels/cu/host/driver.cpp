@@ -196,7 +196,10 @@ static int capability() {
 
 // For the tests of "no card".
 API cuInit(unsigned) { return getenv("CUEMU_NO_DEVICE") ? NO_DEVICE : SUCCESS; }
-API cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+API cuDriverGetVersion(int* version) {
+  const char* chosen = getenv("CUEMU_DRIVER");  // 12080, say
+  return *version = chosen ? atoi(chosen) : 13000, SUCCESS;
+}
 API cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? SUCCESS : INVALID_DEVICE; }
 API cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 API cuDeviceGetName(char* name, int bytes, int) { return snprintf(name, bytes, "host emulation"), SUCCESS; }
@@ -226,7 +229,7 @@ API cuDevicePrimaryCtxRetain(void** context, int) {
 }
 API cuDevicePrimaryCtxRelease_v2(int) {
   std::lock_guard<std::mutex> guard(objects_lock);
-  if (--retained > 0) return SUCCESS;
+  if (--retained > 1) return SUCCESS;  // the process keeps the context once
   if (!streams.empty() || modules || events || graphs || graph_instances || !pinned.empty() || allocated_bytes) {
     fprintf(stderr, "cuemu: %zu streams, %d modules, %d events, %d graphs, %d instances, %zu pinned buffers, %zu bytes\n",
             streams.size(), modules.load(), events.load(), graphs.load(), graph_instances.load(), pinned.size(), allocated_bytes);
@@ -358,7 +361,7 @@ struct Module {
   std::shared_ptr<int> used = std::make_shared<int>();
   std::map<std::string, Function> functions;
 };
-constexpr int MAX_DYNAMIC_SHARED = 8, MAX_SHARED_BYTES = 232448, DEFAULT_SHARED_BYTES = 48 << 10;
+constexpr int MAX_DYNAMIC_SHARED = 8, CARVEOUT = 9, MAX_SHARED_BYTES = 232448, DEFAULT_SHARED_BYTES = 48 << 10;
 
 API cuModuleLoadData(void** module, const void*) {
   if (Result refused = not_captured()) return refused;
@@ -378,6 +381,7 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
   return *function = &m->functions.try_emplace(name, Function{&found->second, m, DEFAULT_SHARED_BYTES}).first->second, SUCCESS;
 }
 API cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute == CARVEOUT && value >= -1 && value <= 100) return SUCCESS;
   if (attribute != MAX_DYNAMIC_SHARED || value > MAX_SHARED_BYTES) return INVALID_VALUE;
   return ((Function*)function)->shared_limit = value, SUCCESS;
 }
@@ -456,7 +460,11 @@ API cuGraphLaunch(void* instance, void* stream) {
 }
 API cuGraphDestroy(void* graph) { return graphs--, delete (std::vector<Work>*)graph, SUCCESS; }
 API cuGraphExecDestroy(void* instance) { return graph_instances--, delete (std::vector<Work>*)instance, SUCCESS; }
-API cuGraphUpload(void*, void*) { return SUCCESS; }
+// CUEMU_GRAPHS: how many graphs the card has memory for.
+API cuGraphUpload(void*, void*) {
+  const char* most = getenv("CUEMU_GRAPHS");
+  return most && graph_instances > atoi(most) ? OUT_OF_MEMORY : SUCCESS;
+}
 
 API cuGetErrorString(Result error, const char** text) {
   switch (error) {

@@ -6,7 +6,7 @@
 //! is one over output features. Types, layouts and the form of GELU are those of the cuBLAS documentation, sections `cublasLtMatmul()` and
 //! `cublasLtEpilogue_t`.
 
-use super::driver::{DeviceBuffer, DevicePtr, Stream};
+use super::driver::{self, DeviceBuffer, DevicePtr, Stream};
 use crate::{DType, Epilogue, Error, Result};
 use cudarc::cublaslt::{
     result::{self, CublasError},
@@ -19,7 +19,7 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// Device memory for algorithms that split k, in bytes: what NVIDIA recommends for Hopper (cuBLAS, section `cublasSetWorkspace()`).
@@ -102,8 +102,13 @@ impl Blas {
         }
         let workspace = DeviceBuffer::uninit(stream, WORKSPACE_BYTES)?;
         stream.device().bind()?;
+        let _alone = driver::without_captures();
         let handle = check("cuBLASLt cannot be initialised", result::create_handle())?;
         Ok(Self { stream: Arc::clone(stream), handle, workspace, plans: Mutex::default() })
+    }
+
+    fn plans(&self) -> MutexGuard<'_, HashMap<Problem, Option<Plan>>> {
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Queues the product, unless cuBLASLt has no way to do it: then it says `false` and has done nothing.
@@ -117,16 +122,18 @@ impl Blas {
         }
         self.stream.device().bind()?;
         let problem = Problem::from(product);
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if plans.len() >= MAX_PLANS && !plans.contains_key(&problem) {
+        let is_known = self.plans().contains_key(&problem);
+        // Versions of cuBLASLt differ in whether they answer, and a kernel that it loads at first use may not be captured.
+        if !is_known && self.stream.is_capturing()? {
+            return Err(Error::Device(format!("expected a product that ran before it is recorded, found {problem:?}")));
+        }
+        let _alone = (!is_known).then(driver::without_captures);
+        let mut plans = self.plans();
+        if plans.len() >= MAX_PLANS && !is_known {
             plans.clear();
         }
         let plan = match plans.entry(problem) {
             Entry::Occupied(entry) => entry.into_mut(),
-            // Versions of cuBLASLt differ in whether they answer, and a kernel that it loads at first use may not be captured.
-            Entry::Vacant(_) if self.stream.is_capturing()? => {
-                return Err(Error::Device(format!("expected a product that ran before it is recorded, found {problem:?}")));
-            }
             Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &problem, product.bias)?),
         };
         let Some(plan) = plan else { return Ok(false) };
@@ -160,9 +167,16 @@ impl Blas {
     }
 }
 
+/// Its version, as it counts itself: 130100 is 13.1.0.
+pub(super) fn version() -> usize {
+    // SAFETY: asks the library, which is loaded.
+    unsafe { sys::cublasLtGetVersion() }
+}
+
 impl Drop for Blas {
     fn drop(&mut self) {
         if self.stream.device().bind().is_ok() {
+            let _alone = driver::without_captures();
             // SAFETY: created once, destroyed once.
             let _ = unsafe { result::destroy_handle(self.handle) };
         }

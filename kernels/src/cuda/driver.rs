@@ -3,8 +3,9 @@
 use crate::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::{
+    collections::BTreeSet,
     fmt,
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicUsize},
 };
 
 /// Address on the device.
@@ -21,8 +22,24 @@ pub(crate) fn check<T>(what: impl fmt::Display, answer: std::result::Result<T, r
 
 /// Whether the driver's library can be loaded.
 pub(crate) fn is_present() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: looking for a library runs its initialisers only.
-    unsafe { sys::is_culib_present() }
+    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+}
+
+/// The CUDA that the driver is for: major and minor number.
+pub(crate) fn version() -> Result<(i32, i32)> {
+    let mut version = 0;
+    // SAFETY: it is written.
+    check("the driver's version", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
+    Ok((version / 1000, version % 1000 / 10))
+}
+
+/// Held while a stream is captured, and by what a capture by another engine of the process may not survive, or may make fail: a library
+/// that starts, ends, plans, or loads its code (ggml-org/llama.cpp#13990).
+pub(crate) fn without_captures() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A card and its primary context.
@@ -71,7 +88,14 @@ impl Device {
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let max_shared_bytes = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         // SAFETY: the handle came from the driver; released in `drop`.
-        let context = check("no context", unsafe { result::primary_ctx::retain(handle) })?;
+        let retain = || check("no context", unsafe { result::primary_ctx::retain(handle) });
+        let context = retain()?;
+        // Once more for the life of the process: cuBLASLt keeps state of the context, which must not go and come again beneath it.
+        static KEPT: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.contains(&ordinal) && retain().is_ok() {
+            kept.insert(ordinal);
+        }
         Ok(Arc::new(Self { handle, context, name, compute_capability, multiprocessors, max_shared_bytes }))
     }
 

@@ -1,6 +1,6 @@
 //! Sequences of launches, recorded once and replayed as one.
 
-use super::driver::{Stream, check};
+use super::driver::{self, Stream, check};
 use crate::{Error, GraphKey, Result};
 use cudarc::driver::{result, sys};
 use std::{collections::HashMap, mem::ManuallyDrop, sync::Arc};
@@ -17,9 +17,9 @@ enum Recording {
     Refused,
 }
 
-/// Most keys that are remembered: every batch size of decoding at a few widths of the block tables, in both places of its inputs, and
+/// Most keys that are remembered: the batch sizes of decoding at a few widths of the block tables, in both places of its inputs, or
 /// the pictures' sizes that come most often. A graph takes memory on the card.
-const MAX_RECORDINGS: usize = 1024;
+const MAX_RECORDINGS: usize = 256;
 
 struct Entry {
     recording: Recording,
@@ -58,7 +58,7 @@ impl Graphs {
                 f()?;
                 Some(Recording::Warm { failed: false })
             }
-            Some(Recording::Warm { failed }) => match self.record(f) {
+            Some(Recording::Warm { failed }) => match self.record(key, f) {
                 Ok(graph) => {
                     self.launch(&graph)?;
                     Some(Recording::Ready(graph))
@@ -107,14 +107,22 @@ impl Graphs {
         check("a graph cannot be launched", unsafe { result::graph::launch(graph.0, self.stream.handle()) })
     }
 
-    fn record(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+    fn record(&self, key: GraphKey, f: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.stream.device().bind()?;
+        let _alone = driver::without_captures();
+        let free_before = self.stream.device().memory()?.0;
         let capture = Capture::begin(&self.stream)?;
         f()?;
         let template = capture.end()?;
         // SAFETY: captured above; the instance does not need the template.
         let instance = unsafe { result::graph::instantiate(template.0, sys::CUgraphInstantiate_flags(0)) };
-        check("a graph cannot be instantiated", instance).map(Graph)
+        let graph = check("a graph cannot be instantiated", instance).map(Graph)?;
+        // It takes its memory here and not at the first launch, whose failure would be that of the step.
+        // SAFETY: instantiated above; the stream captures no more.
+        check("a graph does not fit", unsafe { result::graph::upload(graph.0, self.stream.handle()) })?;
+        let kib = free_before.saturating_sub(self.stream.device().memory()?.0) >> 10;
+        tracing::debug!(?key, kib, "recorded a graph");
+        Ok(graph)
     }
 }
 

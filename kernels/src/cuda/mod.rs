@@ -25,8 +25,8 @@ pub use attention::AttentionKernels;
 pub use driver::DeviceBuffer;
 
 use crate::{
-    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope,
-    SwigluScratch, Tensor, Upload, VarlenAttention, check, weights::WeightView,
+    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm,
+    Rope, SwigluScratch, Tensor, Upload, VarlenAttention, check, weights::WeightView,
 };
 use driver::{Device, DevicePtr, Stream};
 use graph::Graphs;
@@ -82,10 +82,22 @@ impl Cuda {
     /// `options.attention` needs; NVRTC, cuBLASLt, memory.
     pub fn open(options: &CudaOptions) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
+        let (driver, nvrtc) = (driver::version()?, nvrtc::version()?);
+        if nvrtc.0 > driver.0 {
+            // CUDA compatibility, "Minor Version Compatibility".
+            let what = format!(
+                "the driver is for CUDA {}.{}, which cannot load what NVRTC {}.{} compiles; update the driver (CUDA 13 needs 580 or later), or put NVRTC {} on LD_LIBRARY_PATH",
+                driver.0, driver.1, nvrtc.0, nvrtc.1, driver.0
+            );
+            return Err(Error::Device(what));
+        }
         let stream = Stream::new(device)?;
         let modules = Modules::load(&stream, &CubinCache::new(options.cache_folder.clone()), options.early_launch)?;
+        let linear = linear::Linear::new(&stream)?;
+        let card = &stream.device().name;
+        tracing::info!(ordinal = options.ordinal, card, ?driver, ?nvrtc, cublaslt = blas::version(), "opened a card");
         Ok(Self {
-            linear: linear::Linear::new(&stream)?,
+            linear,
             attention: attention::Attention::new(&stream, options.attention)?,
             staging: Mutex::new(Staging::new(&stream, staging::SLOT_BYTES)?),
             uploads: Mutex::new(Uploads::new(&stream)?),

@@ -8,6 +8,7 @@ use std::{
     fs,
     io::Write,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 /// Flags besides the architecture. `--use_fast_math` is not among them: it would flush denormals and loosen divisions in the
@@ -32,8 +33,9 @@ fn fail(what: impl std::fmt::Display) -> Error {
 /// # Errors
 /// If the library is not there.
 pub fn version() -> Result<(i32, i32)> {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: looking for a library runs its initialisers only.
-    if !unsafe { sys::is_culib_present() } {
+    if !PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
         return Err(fail(
             "libnvrtc.so is not there; install the CUDA runtime compiler (PyPI: nvidia-cuda-nvrtc), or put it on LD_LIBRARY_PATH",
         ));
