@@ -86,6 +86,12 @@ impl Modules {
         // SAFETY: a function of a loaded module. No kernel has static shared memory, so the whole limit is there.
         let raised = unsafe { result::function::set_function_attribute(function, attribute, self.stream.device().max_shared_bytes as i32) };
         check(format_args!("shared memory of {name}"), raised)?;
+        // One division of a multiprocessor's memory for all: a kernel that wants another may have to wait for the end of those ahead
+        // (CUDA C++ programming guide, "Configurable Shared Memory"). None reads anything twice that the rest would not hold. A hint.
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        let most = sys::CUshared_carveout::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32;
+        // SAFETY: as above.
+        let _ = unsafe { result::function::set_function_attribute(function, attribute, most) };
         functions.insert(name, function);
         Ok(function)
     }
