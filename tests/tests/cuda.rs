@@ -110,3 +110,28 @@ fn image_tokens_are_those_of_the_reference() {
         assert!(difference <= IMAGE_TOKENS_TOLERANCE, "{}: image tokens are {difference:.1e} away", case.name);
     }
 }
+
+/// `auto` says in one line why it takes the CPU, and whoever names the card is told the same.
+#[test]
+#[ignore = "needs the emulation of a CUDA device"]
+fn cards_that_cannot_be_used_are_passed_over_with_the_reason() {
+    let reasons = [
+        (("CUEMU_NO_DEVICE", "1"), "no CUDA-capable device is detected"),
+        (("CUEMU_DRIVER", "12080"), "the driver is for CUDA 12.8, which cannot load what NVRTC 13.0 compiles"),
+        (("CUEMU_CAPABILITY", "75"), "has compute capability 7.5, expected 8.0"),
+    ];
+    for ((variable, value), reason) in reasons {
+        let ask = |device: &str| {
+            let mut command = IDEFICS.command();
+            command.env(variable, value).args(["ask", "--device", device, "--image"]).arg(golden::demo_picture("pictures/03.png"));
+            command.arg("Read the sign.").output().unwrap()
+        };
+        let said = |output: &std::process::Output| String::from_utf8(output.stderr.clone()).unwrap();
+        let answer = ask("auto");
+        let lines: Vec<String> = said(&answer).lines().filter(|line| line.contains("computing on the CPU")).map(str::to_owned).collect();
+        assert!(answer.status.success() && lines.len() == 1 && lines[0].contains(reason), "auto: {answer:?}");
+        let refused = ask("cuda:0");
+        let message = said(&refused);
+        assert!(!refused.status.success() && message.contains(reason) && message.contains("--device cpu needs no card"), "{refused:?}");
+    }
+}

@@ -3,11 +3,12 @@
 use crate::config::Config;
 use anyhow::{Context, Result};
 use idefics_kernels::{
+    Error,
     cpu::{Cpu, CpuOptions},
     cuda::{Cuda, CudaOptions},
 };
 use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
+use std::{fmt, panic::catch_unwind, str::FromStr};
 
 /// A choice of processor, as written: `auto`, `cpu`, `cuda` or `cuda:1`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +83,13 @@ impl Processor {
     pub(crate) fn open(config: &Config) -> Result<Self> {
         let cuda = |ordinal| {
             let options = config.backend.cuda(ordinal);
-            Cuda::open(&options).map(|cuda| Self::Cuda { opened: Some(Box::new(cuda)), options })
+            // A library that lacks a function makes the bindings panic.
+            let opened = catch_unwind(|| Cuda::open(&options)).unwrap_or_else(|_| {
+                Err(Error::Device(
+                    "the driver, NVRTC or cuBLASLt lacks a function of CUDA 13; update it, or take the other off LD_LIBRARY_PATH".into(),
+                ))
+            });
+            opened.map(|cuda| Self::Cuda { opened: Some(Box::new(cuda)), options })
         };
         match config.backend.device {
             Device::Cpu => Self::cpu(config),
