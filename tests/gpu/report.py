@@ -113,11 +113,12 @@ def speed_rows(plan, work, engine, peer):
         case = {"kind": "decode", "batch": batch, "context": context}
         nbytes = work.decode_bytes + batch * context * work.token_bytes
         rows.append((f"decode step {batch} x {context}", find(engine, **case).get("ms"), find(peer, **case).get("ms"), floor(nbytes=nbytes)))
+        compiled = find(peer, kind="decode_compiled", batch=batch, context=context).get("ms")
+        if compiled:
+            rows.append((f"  {batch} x {context} beside compiled", find(engine, **case).get("ms"), compiled, None))
         late_ms = find(late, **case).get("ms")
         if late_ms:
             rows.append((f"  {batch} x {context} without early launch", late_ms, None, None))
-    static = {"kind": "decode_static", "batch": 1, "context": plan.static_context}
-    rows.append((f"  beside a static cache", find(engine, kind="decode", batch=1, context=plan.static_context).get("ms"), find(peer, **static).get("ms"), None))
     return [{"what": what, "ours_ms": a, "theirs_ms": b, "floor_ms": c} for what, a, b, c in rows]
 
 
@@ -129,7 +130,7 @@ def targets(plan, work, results):
     context = plan.decode[0][1]
     most = max(batch for batch, c in plan.decode if c == context)
     one, many = rows[f"decode step 1 x {context}"], rows[f"decode step {most} x {context}"]
-    theirs = [ms for ms in (one["theirs_ms"], rows["  beside a static cache"]["theirs_ms"]) if ms]
+    theirs = [row["theirs_ms"] for row in (one, rows.get(f"  1 x {context} beside compiled")) if row and row["theirs_ms"]]
     prefill = rows[f"first token, {plan.prefill_tokens[-1]} tokens"]
     vision = rows[f"vision encode {[p for p in plan.speed_pictures if not p.split][-1].name}"]
     sweep = results.get("serving") or []

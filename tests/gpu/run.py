@@ -149,7 +149,7 @@ def peer(bench, log):
         batch, context = bench.plan.decode[-1]
         if not report.find(lines, kind="decode", batch=batch, context=context):
             raise
-        lines.append({"kind": "decode_static", "why": str(error)})
+        lines.append({"kind": "decode_compiled", "why": str(error)})
     finally:
         bench.partial["peer"] = lines
     return lines
