@@ -79,7 +79,7 @@ FULL = Plan(
     roof_copy_bytes=4 << 30,
     roof_matmul=8192,
     # A token a letter: prompts of some 60 tokens. The picture's sizes are those of photographs, resized to at most 980.
-    load=("--concurrency", "1,2,4,8,16,32,64", "--requests", "160", "--text", "0.6", "--image", "0.25", "--split-image", "0.05",
+    load=("--concurrency", "1,2,4,8,16,32,64", "--requests", "128", "--text", "0.6", "--image", "0.25", "--split-image", "0.05",
           "--multi-turn", "0.1", "--prompt-words", "8..16", "--picture-edge", "378..1200"),
 )
 
