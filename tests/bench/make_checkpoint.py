@@ -148,7 +148,8 @@ def write_weights(folder, pool, tensors):
         for name, shape, nbytes in shard:
             parts.append((folder / file, 8 + len(head) + header[name]["data_offsets"][0], pool, name, shape, total))
             total += nbytes
-    # Copies and writes leave Python's lock alone.
+    # Copies and writes leave Python's lock alone. Files have locks of their own: all shards are written at once.
+    parts.sort(key=lambda part: part[1])
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count())) as threads:
         list(threads.map(write_tensor, parts))
     if len(shards) > 1:

@@ -54,7 +54,7 @@ class Plan:
     max_num_batched_tokens: int
     max_num_seqs: int
     kv_cache_bytes: int  # of servers; the engines alone get what their cases need
-    static_context: int  # of transformers' compiled decoding
+    decode_compiled: tuple  # of these, what transformers decodes compiled too; the most important first, as far as the time goes
     roof_copy_bytes: int
     roof_matmul: int
     load: tuple  # further arguments of idefics-load
@@ -75,11 +75,11 @@ FULL = Plan(
     max_num_batched_tokens=2048,
     max_num_seqs=64,
     kv_cache_bytes=16 << 30,
-    static_context=512,
-    roof_copy_bytes=2 << 30,
+    decode_compiled=((1, 512), (64, 512), (1, 4096), (64, 4096)),
+    roof_copy_bytes=4 << 30,
     roof_matmul=8192,
     # A token a letter: prompts of some 60 tokens. The picture's sizes are those of photographs, resized to at most 980.
-    load=("--concurrency", "1,2,4,8,16,32,64", "--requests", "160", "--text", "0.6", "--image", "0.25", "--split-image", "0.05",
+    load=("--concurrency", "1,2,4,8,16,32,64", "--requests", "128", "--text", "0.6", "--image", "0.25", "--split-image", "0.05",
           "--multi-turn", "0.1", "--prompt-words", "8..16", "--picture-edge", "378..1200"),
 )
 
@@ -99,7 +99,7 @@ QUICK = Plan(
     max_num_batched_tokens=64,
     max_num_seqs=4,
     kv_cache_bytes=256 << 20,
-    static_context=32,
+    decode_compiled=((1, 32), (4, 32)),
     roof_copy_bytes=64 << 20,
     roof_matmul=512,
     load=("--concurrency", "1,4", "--requests", "4", "--warmup", "1", "--text", "0.5", "--image", "0.5", "--split-image", "0", "--multi-turn", "0",

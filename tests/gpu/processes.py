@@ -1,10 +1,12 @@
 """Programs that are started, logged, and ended with all that they started."""
+import glob
 import json
 import os
 import queue
 import signal
 import subprocess
 import threading
+import time
 
 
 class Failed(Exception):
@@ -17,7 +19,7 @@ def start(command, **options):
 
 
 def end(process):
-    """Asks politely, then does not ask. Returns when the process is gone."""
+    """Asks politely, then does not ask. Returns when the process is gone, and what it had started too: the card's memory is free."""
     for sign, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, sign)
@@ -26,9 +28,24 @@ def end(process):
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
+            pass
+    until = time.monotonic() + 10
+    while runs(process.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def runs(session):
+    """Whether a process of the session is left, other than as a zombie that nobody waits for."""
+    for file in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(file) as stat:
+                # proc_pid_stat(5): behind the name in parentheses.
+                state, _, _, its_session, *_ = stat.read().rpartition(")")[2].split()
+        except OSError:
             continue
-        if sign == signal.SIGKILL:
-            return
+        if int(its_session) == session and state not in "ZX":
+            return True
+    return False
 
 
 def run_logged(command, log, timeout, on_line=None):
@@ -74,9 +91,7 @@ def json_lines(into):
 class Server:
     """`idefics serve`, ready. `settings` as in {"decoder.kv_cache_bytes": 1 << 30}."""
 
-    READY_SECONDS = 120
-
-    def __init__(self, binary, checkpoint, device, log, settings={}):
+    def __init__(self, binary, checkpoint, device, log, seconds, settings={}):
         command = [binary, "serve", "--grpc-addr", "127.0.0.1:0", "--log-format", "json", "--device", device]
         command += ["--model", checkpoint] if checkpoint else []
         log.write(f"$ {' '.join(map(str, command))}\n")
@@ -93,17 +108,18 @@ class Server:
 
         threading.Thread(target=read, daemon=True).start()
         try:
-            self.endpoint = f"http://{self.address(lines)}"
+            self.endpoint = f"http://{self.address(lines, seconds)}"
         except BaseException:
             end(self.process)
             raise
 
-    def address(self, lines):
+    def address(self, lines, seconds):
+        until = time.monotonic() + seconds
         while True:
             try:
-                line = lines.get(timeout=self.READY_SECONDS)
+                line = lines.get(timeout=max(until - time.monotonic(), 0))
             except queue.Empty:
-                raise Failed(f"idefics serve was not ready after {self.READY_SECONDS} s") from None
+                raise Failed(f"idefics serve was not ready after {seconds:.0f} s") from None
             if line is None:
                 raise Failed("idefics serve ended before it was ready")
             try:

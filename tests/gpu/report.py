@@ -93,31 +93,32 @@ def speed_rows(plan, work, engine, peer):
     floor = lambda flop=0, nbytes=0: 1e3 * max(flop / matmul, nbytes / copy) if copy and matmul else None
     rows = []
 
-    by_mma, late = measured_with(engine, {"attention": "mma"}), measured_with(engine, {"early-launch": "false"})
+    changes = {"with mma.sync": {"backend.attention": "mma"}, "without early launch": {"backend.early_launch": "false"}}
+    changed = {words: measured_with(engine, change) for words, change in changes.items()}
     engine = measured_with(engine, {})
 
-    def mma_row(what, case, key):
-        ms = find(by_mma, **case).get(key)
-        if ms:
-            rows.append((f"  {what} with mma.sync", ms, None, None))
+    def rows_of_changes(what, case, key):
+        for words, lines in changed.items():
+            ms = find(lines, **case).get(key)
+            if ms:
+                rows.append((f"  {what} {words}", ms, None, None))
 
     for picture in plan.speed_pictures:
         case = {"kind": "vision", "name": picture.name}
         rows.append((f"vision encode {picture.name}", find(engine, **case).get("ms"), find(peer, **case).get("ms"), floor(work.vision_flop(grids(picture)))))
-        mma_row(picture.name, case, "ms")
+        rows_of_changes(picture.name, case, "ms")
     for tokens in plan.prefill_tokens:
         case = {"kind": "prefill", "tokens": tokens}
         rows.append((f"first token, {tokens} tokens", find(engine, **case).get("ttft_ms"), find(peer, **case).get("ttft_ms"), floor(work.prefill_flop(tokens), work.decode_bytes)))
-        mma_row(f"{tokens} tokens", case, "ttft_ms")
+        rows_of_changes(f"{tokens} tokens", case, "ttft_ms")
     for batch, context in plan.decode:
         case = {"kind": "decode", "batch": batch, "context": context}
         nbytes = work.decode_bytes + batch * context * work.token_bytes
         rows.append((f"decode step {batch} x {context}", find(engine, **case).get("ms"), find(peer, **case).get("ms"), floor(nbytes=nbytes)))
-        late_ms = find(late, **case).get("ms")
-        if late_ms:
-            rows.append((f"  {batch} x {context} without early launch", late_ms, None, None))
-    static = {"kind": "decode_static", "batch": 1, "context": plan.static_context}
-    rows.append((f"  beside a static cache", find(engine, kind="decode", batch=1, context=plan.static_context).get("ms"), find(peer, **static).get("ms"), None))
+        compiled = find(peer, kind="decode_compiled", batch=batch, context=context).get("ms")
+        if compiled:
+            rows.append((f"  {batch} x {context} beside compiled", find(engine, **case).get("ms"), compiled, None))
+        rows_of_changes(f"{batch} x {context}", case, "ms")
     return [{"what": what, "ours_ms": a, "theirs_ms": b, "floor_ms": c} for what, a, b, c in rows]
 
 
@@ -129,7 +130,7 @@ def targets(plan, work, results):
     context = plan.decode[0][1]
     most = max(batch for batch, c in plan.decode if c == context)
     one, many = rows[f"decode step 1 x {context}"], rows[f"decode step {most} x {context}"]
-    theirs = [ms for ms in (one["theirs_ms"], rows["  beside a static cache"]["theirs_ms"]) if ms]
+    theirs = [row["theirs_ms"] for row in (one, rows.get(f"  1 x {context} beside compiled")) if row and row["theirs_ms"]]
     prefill = rows[f"first token, {plan.prefill_tokens[-1]} tokens"]
     vision = rows[f"vision encode {[p for p in plan.speed_pictures if not p.split][-1].name}"]
     sweep = results.get("serving") or []

@@ -4,7 +4,10 @@ Each part stands alone: one that fails or takes too long is reported, its log is
 """
 import argparse
 import json
+import math
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,11 +20,17 @@ import report
 from processes import Failed, end, json_lines, run_logged, start
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Seconds that a part may take of SECONDS; whatever the others leave is the last one's.
+# Of all parts.
 SECONDS = 510
-PARTS = {"ops": 150, "engine": 150, "parity": 150, "serving": 130, "peer": 600}
-# Seconds that are kept for each part to come.
-RESERVE = 20
+# Seconds of these that a part may take, and that are kept for it whatever the parts before it do. The last one may take all that is left.
+PARTS = {"ops": (120, 60), "engine": (120, 70), "parity": (100, 60), "serving": (140, 90), "peer": (SECONDS, 90)}
+# Settings that `idefics-engine-bench` has as flags.
+FLAGS = {"backend.attention": "attention", "backend.early_launch": "early-launch"}
+# As idefics-load says it level by level, long before its report; what is not there is a dash.
+LEVEL = re.compile(r"^c=(\d+) x.*? \d+ +\d+ +\d+ +\d+ +(\S+) +\S+ +(\S+) \| +(\S+) +\S+ +(\S+) \| +(\S+) ")
+# The first import takes long; by the time that a part needs them, they are in memory.
+SOFTWARE = """import platform, torch, transformers
+print(f"python {platform.python_version()}, glibc {platform.libc_ver()[1]}, torch {torch.__version__}, transformers {transformers.__version__}")"""
 LOG_BYTES = 8 << 20
 # Of a failed part's log; all of it is kept.
 SHOWN_LINES = 20
@@ -33,8 +42,9 @@ class Bench:
     def __init__(self, options):
         self.device, self.peer_device, self.wrong = options.device, options.peer_device, options.wrong
         self.plan = cases.QUICK if options.quick else cases.FULL
-        self.quick, self.seconds = options.quick, options.seconds
+        self.quick, self.scale = options.quick, options.seconds / SECONDS
         self.repository = HERE.parent.parent
+        self.settings = dict(options.set)
         self.work, self.out = options.work, options.out
         self.deadline = time.monotonic() + options.seconds
         self.end_of_part = self.deadline
@@ -47,6 +57,16 @@ class Bench:
     def left(self):
         """Seconds that the part may still take."""
         return self.end_of_part - time.monotonic()
+
+    def within(self, seconds):
+        """So many of SECONDS, or fewer if the part has fewer."""
+        return max(min(seconds * self.scale, self.left()), 1)
+
+    def stop(self, *_):
+        """On a signal: the part that runs fails, those to come have no time, and the table is printed."""
+        if self.deadline:
+            self.deadline = self.end_of_part = 0
+            raise Failed("interrupted")
 
     def make_checkpoints(self, names):
         """Starts to write them, while parts run that need none. Threads of one process each: the second waits for the first."""
@@ -82,30 +102,39 @@ class Bench:
 
 
 def engine(bench, log):
-    """The engines alone; decoding once more without early launches, pictures and prompts with the attention of older cards."""
+    """Each engine in a process of its own, so that a fault takes no other's numbers; decoding once more without early launches,
+    pictures and prompts with the attention of older cards."""
     plan, lines, failures = bench.plan, [], []
     pictures = ["--pictures", ",".join(picture.name for picture in plan.speed_pictures)]
     prefill = ["--prefill", ",".join(map(str, plan.prefill_tokens))]
+    decode = lambda *cases: ["--decode", ",".join(f"{batch}x{context}" for batch, context in cases)]
+    flags = lambda settings: [f"--{FLAGS[key]}={value}" for key, value in settings.items() if key in FLAGS]
     command = [
         bench.binary("idefics-engine-bench"), "--model", bench.checkpoint("speed"), "--device", bench.device, "--repeats", plan.repeats, "--steps", plan.steps,
         "--max-num-seqs", plan.max_num_seqs, "--max-num-batched-tokens", plan.max_num_batched_tokens,
     ]
-    decode = lambda *cases: ["--decode", ",".join(f"{batch}x{context}" for batch, context in cases)]
-    runs = [({}, [*pictures, *prefill, *decode(*plan.decode)])]
-    if bench.device.startswith("cuda"):
-        runs += [({"early-launch": "false"}, decode(plan.decode[0])), ({"attention": "mma"}, [*pictures, *prefill])]
     # What was measured counts, whatever comes after.
     bench.partial["engine"] = lines
-    for changed, measured in runs:
+
+    def measure(measured, seconds, changed={}):
+        already = changed and changed.items() <= bench.settings.items()
+        if already or bench.left() <= 0:
+            return
         found = []
         try:
-            run_logged([*command, *measured, *(f"--{flag}={value}" for flag, value in changed.items())], log, bench.left(), json_lines(found))
+            run_logged([*command, *measured, *flags(bench.settings | changed)], log, bench.within(seconds), json_lines(found))
         except Failed as error:
-            # What fails may work with the change, which says where to look.
             failures.append(f"{error}{f' with {changed}' if changed else ''}")
-        lines += [{**line, "changed": changed} for line in found]
-        if bench.left() <= 0:
-            break
+        lines.extend({**line, "changed": changed} for line in found)
+
+    measure(pictures, 40)
+    measure([*prefill, *decode(*plan.decode)], 80)
+    if bench.device.startswith("cuda"):
+        # What fails may work with a change, which says where to look.
+        again = [*prefill, *decode(*plan.decode if failures else plan.decode[:1])]
+        measure(again, 60, {"backend.early_launch": "false"})
+        measure(pictures, 30, {"backend.attention": "mma"})
+        measure(again, 60, {"backend.attention": "mma"})
     if failures:
         raise Failed("; ".join(failures))
     return lines
@@ -113,12 +142,23 @@ def engine(bench, log):
 
 def serving(bench, log):
     """The three roles as processes, under load from one client to many."""
-    plan, folder = bench.plan, bench.out
-    settings = {"backend.device": bench.device, "decoder.max_num_seqs": plan.max_num_seqs, "decoder.max_num_batched_tokens": plan.max_num_batched_tokens, "decoder.kv_cache_bytes": plan.kv_cache_bytes}
+    plan, folder, levels, problems = bench.plan, bench.out, [], []
+    settings = bench.settings | {"backend.device": bench.device, "decoder.max_num_seqs": plan.max_num_seqs, "decoder.max_num_batched_tokens": plan.max_num_batched_tokens, "decoder.kv_cache_bytes": plan.kv_cache_bytes}
     command = [bench.binary("idefics-load"), "sweep", "--bin", bench.binary("idefics"), "--model", bench.checkpoint("speed"), "--out", bench.work / "load", "--settle", "0.2", "--check"]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    bench.partial["serving"] = levels
+
+    def take(line):
+        if level := LEVEL.match(line):
+            names = ("concurrency", "requests_per_s", "tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms")
+            levels.append({"added_ttft_ms": None} | {name: None if text == "-" else json.loads(text) for name, text in zip(names, level.groups())})
+        elif line.startswith("PROBLEM"):
+            problems.append(line.strip())
+
     try:
-        run_logged([*command, *plan.load], log, bench.left())
+        run_logged([*command, *plan.load], log, bench.left(), take)
+    except Failed as error:
+        raise Failed("; ".join([str(error), *problems])) from None
     finally:
         for role in sorted((bench.work / "load").glob("*.log")):
             log.write(f"--- {role.stem}\n{role.read_text(errors='replace')[-LOG_BYTES // 8 :]}")
@@ -149,7 +189,7 @@ def peer(bench, log):
         batch, context = bench.plan.decode[-1]
         if not report.find(lines, kind="decode", batch=batch, context=context):
             raise
-        lines.append({"kind": "decode_static", "why": str(error)})
+        lines.append({"kind": "decode_compiled", "why": str(error)})
     finally:
         bench.partial["peer"] = lines
     return lines
@@ -164,10 +204,24 @@ def shorten(file):
         file.write_bytes(file.read_bytes()[-LOG_BYTES:])
 
 
+def write(results, file):
+    file.write_text(json.dumps(plain(results), indent=1, allow_nan=False))
+
+
+def plain(value):
+    """As JSON can say it, which knows no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def run_parts(bench, parts, results):
     for index, part in enumerate(parts):
-        started_at = time.monotonic()
-        bench.end_of_part = min(started_at + PARTS[part] * bench.seconds / SECONDS, bench.deadline - RESERVE * (len(parts) - index - 1))
+        started_at, most = time.monotonic(), PARTS[part][0]
+        kept = sum(PARTS[later][1] for later in parts[index + 1 :])
+        bench.end_of_part = min(started_at + most * bench.scale, bench.deadline - kept * bench.scale)
         bench.partial = {}
         file = bench.out / f"{part}.log"
         with open(file, "w") as log:
@@ -186,7 +240,7 @@ def run_parts(bench, parts, results):
         print(f"{part}: {results['errors'].get(part, 'done')} ({results['seconds'][part]:.0f} s)", flush=True)
         if part in results["errors"]:
             print("\n".join(file.read_text(errors="replace").splitlines()[-SHOWN_LINES:]), flush=True)
-        (bench.out / "results.json").write_text(json.dumps(results, indent=1))
+        write(results, bench.out / "results.json")
 
 
 def describe():
@@ -198,6 +252,13 @@ def describe():
         return None
 
 
+def setting(text):
+    key, equals, value = text.partition("=")
+    if "." not in key or not equals:
+        raise ValueError(text)
+    return key, value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0", help="where idefics computes")
@@ -205,6 +266,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that every step works")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them")
     parser.add_argument("--wrong", default="none", help="a formula to change in the reference: parity must fail (see peer.py)")
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE", help="a setting of idefics, as backend.attention=mma; may be repeated; ops has its own")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--work", type=pathlib.Path, required=True, help="an empty folder for checkpoints: 22 GB")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for results and logs")
@@ -215,22 +277,28 @@ def main():
     for folder in (options.work, options.out):
         folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
-    results = {"device": options.device, "card": describe(), "quick": options.quick, "seconds": {}, "errors": {}}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, bench.stop)
+    results = {"device": options.device, "card": describe(), "quick": options.quick, "settings": bench.settings, "seconds": {}, "errors": {}}
     needed = {"speed": {"engine", "serving", "peer"}, "parity": {"parity"}}
     bench.make_checkpoints([name for name, users in needed.items() if users & set(parts)])
+    software = bench.work / "software.json"
+    with open(software, "w") as out:
+        bench.makers.append(start([sys.executable, "-c", SOFTWARE], stdout=out))
     try:
         run_parts(bench, parts, results)
     finally:
         for maker in bench.makers:
             end(maker)
+    results["software"] = software.read_text().strip() or "versions not known"
     results["make_checkpoint_seconds"] = {name: made.get("seconds") for name, made in bench.made.items()}
     speed = bench.made.get("speed", {})
     work = report.Work(bench.work / "speed") if speed.get("code") == 0 else None
     text = report.table(bench.plan, work, results)
     results["targets"] = [dict(zip(("what", "value", "comparison", "limit"), row)) for row in report.targets(bench.plan, work, results)] if work else []
-    (bench.out / "results.json").write_text(json.dumps(results, indent=1))
+    write(results, bench.out / "results.json")
     (bench.out / "table.txt").write_text(text + "\n")
-    print(f"\n{results['card'] or 'no nvidia-smi'}; parts took {', '.join(f'{part} {s:.0f} s' for part, s in results['seconds'].items())}")
+    print(f"\n{results['card'] or 'no nvidia-smi'}; {results['software']}; parts took {', '.join(f'{part} {s:.0f} s' for part, s in results['seconds'].items())}")
     print(text, flush=True)
     return 1 if results["errors"] else 0
 

@@ -12,9 +12,8 @@ folders=$(python3 - <<'PYTHON'
 import ctypes, glob, os, sysconfig
 site = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
 places = [f"{s}/nvidia/**" for s in site] + ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/x86_64-linux/lib"]
-for library in ("libnvrtc.so.13", "libcublasLt.so.13"):
-    found = [file for place in places for file in sorted(glob.glob(f"{place}/{library}", recursive=True))]
-    print(os.path.dirname(found[0]) if found else "")
+found = [[file for place in places for file in sorted(glob.glob(f"{place}/{library}", recursive=True))] for library in ("libnvrtc.so.13", "libcublasLt.so.13")]
+print(*dict.fromkeys(os.path.dirname(files[0]) for files in found if files))
 try:
     ctypes.CDLL("libcuda.so.1")
 except OSError:
@@ -34,6 +33,8 @@ room=$(df --output=avail -B1 /dev/shm 2>/dev/null | tail -1)
 if [ "${room:-0}" -gt 24000000000 ]; then base=/dev/shm; fi
 work=$(mktemp -d "$base/idefics-gpu-XXXXXX") || exit 1
 trap 'rm -rf "$work"' EXIT
+# run.py ends what it started, and still says what it has.
+trap : TERM INT
 # Kernels are compiled once for all parts, and compiled by this run.
 export XDG_CACHE_HOME=$work/cache
 
