@@ -18,6 +18,14 @@ use std::{
 /// From this compute capability on a kernel can start while those ahead of it run: `griddepcontrol` of `cu/common.cuh`.
 const EARLY_LAUNCH: (i32, i32) = (9, 0);
 
+/// How much of a multiprocessor's memory the kernels of a decode step want as shared memory, in percent: all want the same, since one
+/// that wants another division than the kernel ahead may have to wait for its end (CUDA C++ programming guide, "Asynchronous
+/// Concurrent Execution"). Two blocks of attention take 72 of the 228 KiB of an H100, for which 100 is the next division; the rest is the
+/// first-level cache, from which products read their input again for each row of weights.
+const SHARED_PERCENT: i32 = 44;
+/// Attention over many queries takes what it needs.
+const FOR_MANY_QUERIES: [&str; 2] = ["attention_varlen", "paged_prefill"];
+
 /// Most parameters of a kernel.
 const MAX_PARAMETERS: usize = 24;
 
@@ -86,12 +94,11 @@ impl Modules {
         // SAFETY: a function of a loaded module. No kernel has static shared memory, so the whole limit is there.
         let raised = unsafe { result::function::set_function_attribute(function, attribute, self.stream.device().max_shared_bytes as i32) };
         check(format_args!("shared memory of {name}"), raised)?;
-        // One division of a multiprocessor's memory for all: a kernel that wants another may have to wait for the end of those ahead
-        // (CUDA C++ programming guide, "Configurable Shared Memory"). None reads anything twice that the rest would not hold. A hint.
-        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-        let most = sys::CUshared_carveout::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32;
-        // SAFETY: as above.
-        let _ = unsafe { result::function::set_function_attribute(function, attribute, most) };
+        if !FOR_MANY_QUERIES.iter().any(|prefix| name.starts_with(prefix)) {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            // SAFETY: as above. A hint, which the driver may not take.
+            let _ = unsafe { result::function::set_function_attribute(function, attribute, SHARED_PERCENT) };
+        }
         functions.insert(name, function);
         Ok(function)
     }
