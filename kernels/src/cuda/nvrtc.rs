@@ -8,7 +8,10 @@ use std::{
     fs,
     io::Write,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// Flags besides the architecture. `--use_fast_math` is not among them: it would flush denormals and loosen divisions in the
@@ -106,9 +109,11 @@ impl Drop for Program {
 }
 
 /// Where machine code is kept between starts.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct CubinCache {
     folder: Option<PathBuf>,
+    /// That it is not was said already.
+    has_warned: AtomicBool,
 }
 
 impl CubinCache {
@@ -118,7 +123,8 @@ impl CubinCache {
             let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
             variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))
         };
-        Self { folder: folder.or_else(|| base().map(|base| base.join("idefics-serve").join("kernels"))) }
+        let folder = folder.or_else(|| base().map(|base| base.join("idefics-serve").join("kernels")));
+        Self { folder, has_warned: AtomicBool::new(false) }
     }
 
     /// The machine code of `source`: from disk, or compiled and kept. A cache that cannot be written is a warning.
@@ -132,8 +138,10 @@ impl CubinCache {
             return Ok(Compiled { cubin, log: String::new() });
         }
         let compiled = compile(source, compute_capability)?;
-        if let Err(error) = keep(folder, &path, &compiled.cubin) {
-            tracing::warn!(path = %path.display(), %error, "compiled kernels cannot be kept; every start compiles them anew");
+        if let Err(error) = keep(folder, &path, &compiled.cubin)
+            && !self.has_warned.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(folder = %folder.display(), %error, "compiled kernels cannot be kept; every start compiles them anew");
         }
         Ok(compiled)
     }

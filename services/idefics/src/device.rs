@@ -83,7 +83,7 @@ impl Processor {
     pub(crate) fn open(config: &Config) -> Result<Self> {
         let cuda = |ordinal| {
             let options = config.backend.cuda(ordinal);
-            // A library that lacks a function makes the bindings panic.
+            // Where a library lacks a function that opening a card needs, the bindings panic.
             let opened = catch_unwind(|| Cuda::open(&options)).unwrap_or_else(|_| {
                 Err(Error::Device(
                     "the driver, NVRTC or cuBLASLt lacks a function of CUDA 13; update it, or take the other off LD_LIBRARY_PATH".into(),

@@ -36,8 +36,8 @@ pub(crate) struct Endpoint {
 impl Endpoint {
     /// Connects to `--endpoint`, or starts every role in this process.
     pub(crate) async fn open(args: &ModelArgs) -> Result<Self> {
-        // Errors, and where `auto` computes.
-        telemetry::init(LogFormat::Text, "error,idefics::device=info").map_err(anyhow::Error::msg)?;
+        // Errors, where `auto` computes, and what a card lacks.
+        telemetry::init(LogFormat::Text, "error,idefics::device=info,idefics_kernels=warn").map_err(anyhow::Error::msg)?;
         let (channel, load_ms) = match &args.endpoint {
             Some(uri) => {
                 let channel = remote(uri, &ChannelConfig::default()).map_err(anyhow::Error::msg).context("--endpoint")?;
