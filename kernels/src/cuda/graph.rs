@@ -19,7 +19,7 @@ enum Recording {
 
 /// Most keys that are remembered: the batch sizes of decoding at a few widths of the block tables, in both places of its inputs, or
 /// the pictures' sizes that come most often. A graph takes memory on the card.
-const MAX_RECORDINGS: usize = 256;
+const MAX_RECORDINGS: usize = 512;
 
 struct Entry {
     recording: Recording,

@@ -65,6 +65,34 @@ fn recorded_ops_read_what_their_tensors_hold_then() {
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
+fn graphs_that_were_forgotten_are_recorded_again() {
+    let cuda = open();
+    let mut x = tensor(&cuda, 1, 16, &[0.0; 16]);
+    let mut out = poisoned(&cuda, 1, 8, DType::Bf16);
+    // More keys than are remembered: when the first comes again, it is long forgotten, with the graph of which a launch may be queued.
+    for round in 0..2 {
+        for key in 0..600 {
+            let mut called = 0;
+            for turn in 0..3 {
+                let value = (1 + key % 7 + turn) as f32;
+                write(&cuda, &[value; 16], &mut x);
+                let f = &mut || {
+                    called += 1;
+                    cuda.silu_and_mul(&x, &mut out)
+                };
+                cuda.graphed(GraphKey { name: "many", sizes: [key, 0, 0] }, f).unwrap();
+                if key % 50 == 0 {
+                    let expected = f64::from(value).powi(2) / (1.0 + f64::from(-value).exp());
+                    assert_close("graph of many", &read(&cuda, &out), &[expected; 8], |_| expected.abs() * (BF16_ROUNDING + 1e-5));
+                }
+            }
+            assert_eq!(called, 2, "key {key} in round {round}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
 fn recording_that_fails_leaves_the_card_as_it_was() {
     let cuda = open();
     let x = tensor(&cuda, 2, 16, &[1.0; 32]);
