@@ -9,6 +9,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs,
     path::{Path, PathBuf},
 };
@@ -153,6 +154,28 @@ pub struct RandomCase {
     pub text: String,
     /// Most likely tokens of each step with their log-probabilities.
     pub top5: Vec<Vec<(u32, f64)>>,
+}
+
+/// A few more than the references hold: equals may swap places at the end of the list.
+pub const LOGPROBS: [&str; 2] = ["--logprobs", "8"];
+
+impl RandomCase {
+    /// The arguments of `ask`, without where to ask. Messages are written beside the pictures.
+    pub fn arguments(&self, pictures: &Pictures) -> Vec<OsString> {
+        let mut flags: Vec<OsString> = self.options.flags().into_iter().map(Into::into).collect();
+        flags.extend(["--max-new-tokens".into(), self.max_new_tokens.to_string().into()]);
+        flags.extend(LOGPROBS.map(Into::into));
+        if let Some(messages) = &self.messages {
+            let file = pictures.folder().join(format!("{}.json", self.name));
+            write_messages(messages, &file, |name| pictures.path(name));
+            flags.extend(["--messages".into(), file.into()]);
+        }
+        flags.extend(self.images.iter().flat_map(|name| ["--image".into(), pictures.path(name).into()]));
+        if let Some(prompt) = &self.prompt {
+            flags.extend(["--raw".into(), prompt.into()]);
+        }
+        flags
+    }
 }
 
 /// The cases of the random checkpoint.

@@ -4,15 +4,12 @@
 
 use idefics_tests::{
     checkpoint,
-    golden::{self, IMAGE_TOKENS_TOLERANCE, LOGPROB_TOLERANCE, Pictures, RandomCase},
+    golden::{self, IMAGE_TOKENS_TOLERANCE, LOGPROB_TOLERANCE, LOGPROBS, Pictures, RandomCase},
     process::{Answer, Idefics, Server},
 };
 use std::ffi::OsString;
 
 const IDEFICS: Idefics = Idefics(env!("CARGO_BIN_EXE_idefics-under-test"));
-
-/// A few more than the references hold: equals may swap places at the end of the list.
-const LOGPROBS: [&str; 2] = ["--logprobs", "8"];
 
 fn args(parts: &[&str]) -> Vec<OsString> {
     parts.iter().map(OsString::from).collect()
@@ -106,7 +103,7 @@ fn random_answers_equal_the_reference() {
     let server = IDEFICS.serve(Some(model.path()));
     for case in golden::random_cases() {
         let mut flags = args(&["--endpoint", &server.endpoint()]);
-        flags.extend(case_args(&case, &pictures));
+        flags.extend(case.arguments(&pictures));
         check_random(&case, &IDEFICS.ask(flags));
     }
 }
@@ -118,7 +115,7 @@ fn one_command_answers_as_the_server_does() {
         let case = golden::random_case(name);
         let mut flags = args(&["--model"]);
         flags.push(model.path().into());
-        flags.extend(case_args(&case, &pictures));
+        flags.extend(case.arguments(&pictures));
         check_random(&case, &IDEFICS.ask(flags));
     }
     let case = golden::encodes("random").into_iter().find(|case| case.name == "tall").unwrap();
@@ -154,25 +151,8 @@ fn image_marks_are_never_generated() {
     let folder = Pictures::write();
     let mut flags = args(&["--model"]);
     flags.push(model.path().into());
-    flags.extend(case_args(&case, &folder));
+    flags.extend(case.arguments(&folder));
     assert_eq!(IDEFICS.ask(flags).token_ids, case.token_ids, "the best of the other tokens is taken");
-}
-
-/// The arguments of `ask` for a case, without where to ask.
-fn case_args(case: &RandomCase, pictures: &Pictures) -> Vec<OsString> {
-    let mut flags: Vec<OsString> = case.options.flags().into_iter().map(Into::into).collect();
-    flags.extend(["--max-new-tokens".into(), case.max_new_tokens.to_string().into()]);
-    flags.extend(LOGPROBS.map(Into::into));
-    if let Some(messages) = &case.messages {
-        let file = pictures.folder().join(format!("{}.json", case.name));
-        golden::write_messages(messages, &file, |name| pictures.path(name));
-        flags.extend(["--messages".into(), file.into()]);
-    }
-    flags.extend(case.images.iter().flat_map(|name| ["--image".into(), pictures.path(name).into()]));
-    if let Some(prompt) = &case.prompt {
-        flags.extend(["--raw".into(), prompt.into()]);
-    }
-    flags
 }
 
 fn check_random(case: &RandomCase, answer: &Answer) {

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -110,8 +112,15 @@ double gelu(double x) { return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.0
 #define API extern "C" __attribute__((visibility("default"))) int
 
 extern "C" __attribute__((visibility("default"))) size_t cublasLtGetVersion() { return 130000; }
-API cublasLtCreate(void** handle) { return *handle = &handle_object, SUCCESS; }
-API cublasLtDestroy(void* handle) { return handle == &handle_object ? SUCCESS : NOT_INITIALIZED; }
+// While a stream is captured by whatever thread, the library may fail at what it does for the first time, or for the last: here it does.
+API cublasLtCreate(void** handle) { return cuemu_captures() ? INTERNAL_ERROR : (*handle = &handle_object, SUCCESS); }
+API cublasLtDestroy(void* handle) {
+  if (cuemu_captures()) {
+    fputs("cublaslt: a handle is destroyed while a stream is captured\n", stderr);
+    abort();
+  }
+  return handle == &handle_object ? SUCCESS : NOT_INITIALIZED;
+}
 
 API cublasLtMatmulDescCreate(void** descriptor, int compute, int scale) {
   auto* p = new Product;

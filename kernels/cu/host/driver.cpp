@@ -73,6 +73,13 @@ std::set<std::shared_ptr<Stream>>& streams = *new std::set<std::shared_ptr<Strea
 // Of everything else that is made in the context: how many there are.
 std::atomic<int> modules{0}, events{0}, graphs{0}, graph_instances{0};
 
+// For the report.
+struct Most {
+  unsigned threads = 0, shared_bytes = 0;
+};
+std::map<std::string, Most>& launched = *new std::map<std::string, Most>;
+std::atomic<size_t> waits{0};
+
 // Handles 0 to 2 are the null stream, legacy and per thread.
 Stream& stream_of(void* handle) { return (uintptr_t)handle < 3 ? *null_stream : *(Stream*)handle; }
 
@@ -258,6 +265,7 @@ API cuStreamDestroy_v2(void* stream) {
   return SUCCESS;
 }
 API cuStreamSynchronize(void* stream) {
+  waits++;
   Stream& s = stream_of(stream);
   if (s.capturing) return s.invalidated = true, CAPTURE_UNSUPPORTED;
   return run(s), SUCCESS;
@@ -283,12 +291,12 @@ API cuStreamWaitEvent(void* stream, void* event, unsigned) {
   return enqueue(stream, [other = e->stream, place = e->place] { run(*other, place); });
 }
 API cuEventSynchronize(void* event) {
+  waits++;
   if (Result refused = not_captured()) return refused;
   auto* e = (Event*)event;
   if (e->stream) run(*e->stream, e->place);
   return SUCCESS;
 }
-API cuEventQuery(void* event) { return cuEventSynchronize(event); }
 API cuEventElapsedTime_v2(float* ms, void* from, void* to) {
   return *ms = std::chrono::duration<float, std::milli>(((Event*)to)->time - ((Event*)from)->time).count(), SUCCESS;
 }
@@ -353,6 +361,7 @@ API cuMemsetD8Async(Pointer to, unsigned char value, size_t bytes, void* stream)
 // Code. Whoever will run it, waiting work or a graph, holds `used`.
 struct Module;
 struct Function {
+  std::string name;
   cuemu::Kernel* kernel;
   Module* module;
   int shared_limit;  // dynamic shared memory of a block, in bytes
@@ -378,7 +387,7 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
   auto found = cuemu::registry().find(name);
   if (found == cuemu::registry().end()) return NOT_FOUND;
   auto* m = (Module*)module;
-  return *function = &m->functions.try_emplace(name, Function{&found->second, m, DEFAULT_SHARED_BYTES}).first->second, SUCCESS;
+  return *function = &m->functions.try_emplace(name, Function{name, &found->second, m, DEFAULT_SHARED_BYTES}).first->second, SUCCESS;
 }
 API cuFuncSetAttribute(void* function, int attribute, int value) {
   if (attribute == CARVEOUT && value >= -1 && value <= 100) return SUCCESS;
@@ -404,7 +413,7 @@ struct LaunchConfig {
 constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
 API cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void**) {
-  const auto& [kernel, module, shared_limit] = *(Function*)function;
+  const auto& [name, kernel, module, shared_limit] = *(Function*)function;
   const auto [gx, gy, gz] = config->grid;
   const auto [bx, by, bz] = config->block;
   if (config->shared > (unsigned)shared_limit) return INVALID_VALUE;
@@ -414,6 +423,11 @@ API cuLaunchKernelEx(const LaunchConfig* config, void* function, void** paramete
   for (unsigned i = 0; i < config->count; i++) {
     if (config->attributes[i].id != PROGRAMMATIC_STREAM_SERIALIZATION) return INVALID_VALUE;
     is_programmatic = config->attributes[i].programmatic_stream_serialization != 0;
+  }
+  {
+    std::lock_guard<std::mutex> guard(objects_lock);
+    Most& most = launched[name];
+    most = {std::max(most.threads, bx * by * bz), std::max(most.shared_bytes, config->shared)};
   }
   auto launch = std::make_shared<Launch>();
   launch->used = module->used;
@@ -490,11 +504,22 @@ API cuGetErrorString(Result error, const char** text) {
 }
 API cuGetErrorName(Result error, const char** text) { return cuGetErrorString(error, text); }
 
-// Whether this thread captures a stream.
+// CUEMU_REPORT: a file for what the process did: how often the host waited, and of each kernel the most threads and bytes of shared
+// memory of a block.
+__attribute__((destructor)) static void report() {
+  const char* path = getenv("CUEMU_REPORT");
+  FILE* file = path ? fopen(path, "w") : nullptr;
+  if (!file) return;
+  std::lock_guard<std::mutex> guard(objects_lock);
+  fprintf(file, "waits\t%zu\n", waits.load());
+  for (const auto& [name, most] : launched) fprintf(file, "%s\t%u\t%u\n", name.c_str(), most.threads, most.shared_bytes);
+  fclose(file);
+}
+
+// Whether any stream is captured.
 extern "C" __attribute__((visibility("default"))) int cuemu_captures() {
   std::lock_guard<std::mutex> guard(objects_lock);
-  return std::any_of(streams.begin(), streams.end(),
-                     [](const auto& s) { return s->capturing && s->capturer == std::this_thread::get_id(); });
+  return std::any_of(streams.begin(), streams.end(), [](const auto& s) { return s->capturing; });
 }
 
 // cuBLASLt's stand-in queues its products on these streams too.

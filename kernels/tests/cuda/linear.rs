@@ -184,6 +184,42 @@ fn streamed_row_has_the_same_bits_whatever_else_is_in_the_batch() {
     }
 }
 
+/// While one engine records, another of the process multiplies what it never did, starts and ends, which cuBLASLt does not like.
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn products_are_planned_while_another_engine_records() {
+    let (recording, multiplying) = (open(), open());
+    let weight = weights(&mut Rng(3), DType::Bf16, &[&[24, 16]]).load(&multiplying);
+    let x = tensor(&recording, 1, 16, &[1.0; 16]);
+    let mut out = poisoned(&recording, 1, 8, DType::Bf16);
+    for round in 0..4 {
+        let (begin, begun) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let (multiplying, weight) = (&multiplying, &weight);
+            let other = scope.spawn(move || {
+                begun.recv().unwrap();
+                let x = tensor(multiplying, 20 + round, 16, &vec![1.0; (20 + round) * 16]);
+                let mut out = poisoned(multiplying, 20 + round, 24, DType::Bf16);
+                multiplying.linear(&x, weight, None, Epilogue::Store, &mut out).unwrap();
+                drop(open());
+                read(multiplying, &out)
+            });
+            for turn in 0..2 {
+                let f = &mut || {
+                    if turn == 1 {
+                        begin.send(()).unwrap();
+                    }
+                    // Long enough for the other to come into its way.
+                    (0..5000).try_for_each(|_| recording.silu_and_mul(&x, &mut out))
+                };
+                recording.graphed(GraphKey { name: "beside", sizes: [round, 0, 0] }, f).unwrap();
+            }
+            let found = other.join().unwrap();
+            assert!(found.chunks(24).all(|row| row == &found[..24]) && found.iter().all(|v| v.is_finite()));
+        });
+    }
+}
+
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
 fn recorded_graphs_multiply_what_is_there_when_they_are_replayed() {

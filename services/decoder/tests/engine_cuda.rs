@@ -84,3 +84,30 @@ async fn requests_in_few_blocks_get_their_whole_answers() {
     }
     assert!(steps_ahead(&engine) > 0 && engine.stats().num_preemptions.load(Ordering::Relaxed) > 0);
 }
+
+/// Batches are filled up to 1, 2, 4, 8 and 16 sequences, where there is room for so many. The tokens of every other request are chosen
+/// on the host. So few tokens that each pass streams the weights.
+#[tokio::test]
+#[ignore = "needs a CUDA device or its emulation"]
+async fn answers_in_batches_of_every_size_are_those_alone() {
+    for max_num_seqs in [5, 12, 64] {
+        let (_folder, engine) = engine(Config { max_num_seqs, ..large() });
+        let request = |i: usize| Request {
+            sampling: SamplingParams {
+                min_p: if i.is_multiple_of(2) { 0.1 } else { 0.0 },
+                logprobs: Some(i as u32 % 4),
+                ..endless(vec![], 1).sampling
+            },
+            ..endless(vec![3 + i as u32], 4 + 2 * i)
+        };
+        let count = max_num_seqs.min(13);
+        let mut alone = Vec::new();
+        for i in 0..count {
+            alone.push(collect(engine.submit(&request(i), &Span::none())).await);
+        }
+        let receivers: Vec<_> = (0..count).map(|i| engine.submit(&request(i), &Span::none())).collect();
+        for (i, (events, alone)) in receivers.into_iter().zip(&alone).enumerate() {
+            assert_eq!(&collect(events).await, alone, "request {i} of {count} in {max_num_seqs}");
+        }
+    }
+}
