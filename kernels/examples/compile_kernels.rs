@@ -102,7 +102,8 @@ fn compile_all() -> Vec<Answer> {
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let record = arguments.iter().any(|argument| argument == "--record");
-    let cubins = arguments.iter().position(|argument| argument == "--cubins").and_then(|at| arguments.get(at + 1)).map(Path::new);
+    let cubins = arguments.iter().position(|argument| argument == "--cubins").map(|at| arguments.get(at + 1).expect("--cubins FOLDER"));
+    let cubins = cubins.map(Path::new);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("cu").join("resources.tsv");
     let (recorded, mut found, mut failures) = (read(&path), Table::new(), Vec::new());
     for (source, architecture, answer) in compile_all() {
@@ -132,6 +133,10 @@ fn main() -> ExitCode {
             }
             Some(_) => {}
         }
+    }
+    if !record {
+        let missing = recorded.keys().filter(|kernel| !found.contains_key(kernel));
+        failures.extend(missing.map(|kernel| format!("{kernel} is in {} and was not compiled; run with --record", path.display())));
     }
     if found.is_empty() && failures.is_empty() {
         failures.push("ptxas printed no kernel at all".into());

@@ -47,7 +47,7 @@ const DECODE_TILE: usize = 16;
 const MAX_DECODE_SPLITS: usize = 32;
 /// Most splits of a tile of the kernels over many queries: the last block reads what all the others wrote.
 const MAX_SPLITS: usize = 8;
-/// Keys below which a tile is not split: `flash::MIN_TILES` tiles of keys.
+/// Keys below which a tile is not split: `flash::MIN_TILES` tiles of keys, of the head sizes with the largest.
 const MIN_SPLIT_KEYS: usize = 256;
 /// Sequences with more rows than this in a step are `paged_prefill`'s. A draft of 7 tokens fits; with many more the keys would
 /// be read once for each 16 entries.
@@ -165,6 +165,9 @@ impl Attention {
         const { assert!(LEN >= split_len(Tiling::wgmma(80, varlen_warpgroups(80)))) };
         const { assert!(LEN >= split_len(Tiling::wgmma(MAX_HEAD_DIM, PREFILL_WARPGROUPS))) };
         const { assert!(LEN >= DECODE_BLOCKS_PER_MULTIPROCESSOR * decode_partial_len(MAX_HEAD_DIM)) };
+        // Two blocks of the largest fit the 164 KiB of an A100's multiprocessor, of which each also takes one.
+        const LARGEST: Tiling = Tiling::mma(MAX_HEAD_DIM);
+        const { assert!(2 * (LARGEST.shared_bytes + LARGEST.rows * SEEN_BYTES + PREFILL_SLOT_BYTES + 1024) <= 164 << 10) };
         let device = stream.device();
         let (multiprocessors, has_wgmma) = (device.multiprocessors, device.compute_capability == WGMMA_COMPUTE_CAPABILITY);
         if kernels == AttentionKernels::Wgmma && !has_wgmma {
