@@ -7,7 +7,6 @@ of values the sampling error of the ratio is a few percent. The absolute bounds 
 """
 import json
 import pathlib
-import subprocess
 
 import numpy as np
 from PIL import Image
@@ -35,8 +34,10 @@ def serve(bench, checkpoint, device, log, settings):
 def ask(bench, log, *arguments):
     """What `idefics ask --json` says."""
     command = [bench.binary("idefics"), "ask", "--json", *arguments]
-    out = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=True, timeout=bench.within(PATIENCE))
-    return json.loads(out.stdout)
+    file = bench.work / "answer.json"
+    with open(file, "w") as out:
+        run_logged(command, log, bench.within(PATIENCE), out=out)
+    return json.loads(file.read_text())
 
 
 def ours(bench, server, folder, log):
@@ -117,7 +118,7 @@ def run(bench, log):
     bench.partial["parity"] = rows
     try:
         rows += demo(bench, log)
-    except (Failed, OSError, subprocess.SubprocessError) as error:
+    except (Failed, OSError) as error:
         # The random checkpoint may say more about the reason.
         rows.append({"what": "demo", "ours": str(error), "theirs": None, "ok": False})
     checkpoint = bench.checkpoint("parity")

@@ -8,9 +8,29 @@ import subprocess
 import threading
 import time
 
+# That have come and ask for the end.
+signals = []
+
 
 class Failed(Exception):
     """A program ended with an error, or took too long."""
+
+
+def on_signal(number, _):
+    """Only takes note: an error raised from here could come between the start of a process and the `try` that ends it."""
+    signals.append(number)
+
+
+def wait_for(done, seconds):
+    """Whether `done()` is true in time. Whoever waits when a signal comes fails."""
+    until = time.monotonic() + seconds
+    while not done():
+        if signals:
+            raise Failed("interrupted")
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def start(command, **options):
@@ -48,12 +68,13 @@ def runs(session):
     return False
 
 
-def run_logged(command, log, timeout, on_line=None):
-    """Runs to the end, everything said going to `log`; each line on standard output to `on_line` too, as soon as it is there."""
+def run_logged(command, log, timeout, on_line=None, out=None):
+    """Runs to the end, everything said going to `log`; standard output to the file `out` instead, or each of its lines to `on_line`
+    too, as soon as it is there."""
     log.write(f"$ {' '.join(map(str, command))}\n")
     log.flush()
     name = " ".join(os.path.basename(str(part)) for part in command[:2])
-    process = start(command, stdout=subprocess.PIPE if on_line else log, stderr=log, text=True)
+    process = start(command, stdout=subprocess.PIPE if on_line else out or log, stderr=log, text=True)
     reader = None
     try:
         if on_line:
@@ -65,15 +86,14 @@ def run_logged(command, log, timeout, on_line=None):
 
             reader = threading.Thread(target=read, daemon=True)
             reader.start()
-        code = process.wait(max(timeout, 1))
-    except subprocess.TimeoutExpired:
-        raise Failed(f"{name} was ended after {timeout:.0f} s") from None
+        if not wait_for(lambda: process.poll() is not None, max(timeout, 1)):
+            raise Failed(f"{name} was ended after {timeout:.0f} s")
     finally:
         end(process)
         if reader:
             reader.join(10)
-    if code != 0:
-        raise Failed(f"{name} ended with {code}")
+    if process.returncode != 0:
+        raise Failed(f"{name} ended with {process.returncode}")
 
 
 def json_lines(into):
@@ -116,10 +136,9 @@ class Server:
     def address(self, lines, seconds):
         until = time.monotonic() + seconds
         while True:
-            try:
-                line = lines.get(timeout=max(until - time.monotonic(), 0))
-            except queue.Empty:
-                raise Failed(f"idefics serve was not ready after {seconds:.0f} s") from None
+            if not wait_for(lambda: not lines.empty(), until - time.monotonic()):
+                raise Failed(f"idefics serve was not ready after {seconds:.0f} s")
+            line = lines.get()
             if line is None:
                 raise Failed("idefics serve ended before it was ready")
             try:

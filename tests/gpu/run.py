@@ -1,6 +1,7 @@
 """The acceptance of the CUDA backend on a machine with a card; run.sh prepares it. README.md says what each part means.
 
-Each part stands alone: one that fails or takes too long is reported, its log is kept, and the next one runs.
+Each part stands alone: one that fails or takes too long is reported, its log is kept, and the next one runs. On a signal the part
+that runs fails, those to come have no time, and the table is printed.
 """
 import argparse
 import json
@@ -17,7 +18,7 @@ import cases
 import ops
 import parity
 import report
-from processes import Failed, end, json_lines, run_logged, start
+from processes import Failed, end, json_lines, on_signal, run_logged, signals, start, wait_for
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Of all parts.
@@ -56,17 +57,11 @@ class Bench:
 
     def left(self):
         """Seconds that the part may still take."""
-        return self.end_of_part - time.monotonic()
+        return 0 if signals else self.end_of_part - time.monotonic()
 
     def within(self, seconds):
         """So many of SECONDS, or fewer if the part has fewer."""
         return max(min(seconds * self.scale, self.left()), 1)
-
-    def stop(self, *_):
-        """On a signal: the part that runs fails, those to come have no time, and the table is printed."""
-        if self.deadline:
-            self.deadline = self.end_of_part = 0
-            raise Failed("interrupted")
 
     def make_checkpoints(self, names):
         """Starts to write them, while parts run that need none. Threads of one process each: the second waits for the first."""
@@ -90,7 +85,7 @@ class Bench:
     def checkpoint(self, name):
         """The folder, once it is written."""
         made = self.made[name]
-        if not made["event"].wait(max(self.left(), 1)):
+        if not wait_for(made["event"].is_set, max(self.left(), 1)):
             raise Failed(f"the checkpoint for {name} was not written in time")
         if made["code"] != 0:
             raise Failed(f"make_checkpoint.py ended with {made['code']}: {(self.work / f'make_{name}.log').read_text()[-500:]}")
@@ -278,7 +273,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, bench.stop)
+        signal.signal(number, on_signal)
     results = {"device": options.device, "card": describe(), "quick": options.quick, "settings": bench.settings, "seconds": {}, "errors": {}}
     needed = {"speed": {"engine", "serving", "peer"}, "parity": {"parity"}}
     bench.make_checkpoints([name for name, users in needed.items() if users & set(parts)])
