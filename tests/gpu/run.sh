@@ -33,9 +33,12 @@ room=$(df --output=avail -B1 /dev/shm 2>/dev/null | tail -1)
 if [ "${room:-0}" -gt 24000000000 ]; then base=/dev/shm; fi
 work=$(mktemp -d "$base/idefics-gpu-XXXXXX") || exit 1
 trap 'rm -rf "$work"' EXIT
-# run.py ends what it started, and still says what it has.
-trap : TERM INT
 # Kernels are compiled once for all parts, and compiled by this run.
 export XDG_CACHE_HOME=$work/cache
 
-python3 tests/gpu/run.py --work "$work" --out "$OUT" "$@"
+# A signal may reach this shell alone: it goes on to run.py, which ends what it started and still says what it has. This shell waits
+# for that, so that the folder goes last; `wait` returns when a signal comes, too.
+trap 'kill "${!-}" 2>/dev/null || exit 143' TERM INT
+python3 tests/gpu/run.py --work "$work" --out "$OUT" "$@" &
+while wait "$!"; kill -0 "$!" 2>/dev/null; do :; done
+wait "$!"
