@@ -49,7 +49,7 @@ class Bench:
         self.work, self.out = options.work, options.out
         self.deadline = time.monotonic() + options.seconds
         self.end_of_part = self.deadline
-        self.makers, self.made = [], {}
+        self.makers, self.made, self.closed = [], {}, False
         self.lock = threading.Lock()
 
     def binary(self, name):
@@ -73,14 +73,23 @@ class Bench:
                 started_at = time.monotonic()
                 arguments = self.plan.parity_checkpoint if name == "parity" else self.plan.speed_checkpoint
                 with open(self.work / f"make_{name}.log", "w") as log:
-                    maker = start([sys.executable, self.repository / "tests/bench/make_checkpoint.py", self.work / name, *arguments], stdout=log, stderr=log)
                     with self.lock:
+                        if self.closed:
+                            return
+                        maker = start([sys.executable, self.repository / "tests/bench/make_checkpoint.py", self.work / name, *arguments], stdout=log, stderr=log)
                         self.makers.append(maker)
                     self.made[name]["code"] = maker.wait()
                 self.made[name]["seconds"] = time.monotonic() - started_at
                 event.set()
 
         threading.Thread(target=make, daemon=True).start()
+
+    def close(self):
+        """Ends whoever still makes something, and lets nobody begin."""
+        with self.lock:
+            self.closed = True
+        for maker in self.makers:
+            end(maker)
 
     def checkpoint(self, name):
         """The folder, once it is written."""
@@ -283,8 +292,7 @@ def main():
     try:
         run_parts(bench, parts, results)
     finally:
-        for maker in bench.makers:
-            end(maker)
+        bench.close()
     results["software"] = software.read_text().strip() or "versions not known"
     results["make_checkpoint_seconds"] = {name: made.get("seconds") for name, made in bench.made.items()}
     speed = bench.made.get("speed", {})
