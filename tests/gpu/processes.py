@@ -74,36 +74,46 @@ def run_logged(command, log, timeout, on_line=None, out=None):
     log.write(f"$ {' '.join(map(str, command))}\n")
     log.flush()
     name = " ".join(os.path.basename(str(part)) for part in command[:2])
-    process = start(command, stdout=subprocess.PIPE if on_line else out or log, stderr=log, text=True)
-    reader = None
+    process = start(command, stdout=subprocess.PIPE if on_line else out or log, stderr=log, errors="replace")
+    reader, problems, unread = None, [], []
     try:
         if on_line:
             def read():
                 for line in process.stdout:
-                    log.write(line)
-                    log.flush()
-                    on_line(line)
+                    # Whatever fails, the pipe must not fill up.
+                    try:
+                        log.write(line)
+                        log.flush()
+                        on_line(line)
+                    except Exception as error:
+                        unread.append(f"{type(error).__name__} at {line.strip()[:200]!r} of {name}: {error}")
 
             reader = threading.Thread(target=read, daemon=True)
             reader.start()
         if not wait_for(lambda: process.poll() is not None, max(timeout, 1)):
-            raise Failed(f"{name} was ended after {timeout:.0f} s")
+            problems.append(f"{name} was ended after {timeout:.0f} s")
+        elif process.returncode != 0:
+            problems.append(f"{name} ended with {process.returncode}")
     finally:
         end(process)
         if reader:
             reader.join(10)
-    if process.returncode != 0:
-        raise Failed(f"{name} ended with {process.returncode}")
+    problems += unread[:1]
+    if problems:
+        log.write("".join(f"{problem}\n" for problem in problems))
+        raise Failed("; ".join(problems))
 
 
 def json_lines(into):
-    """An `on_line` that appends each line that is JSON to the list `into`."""
+    """An `on_line` that appends each line that is a JSON object to the list `into`."""
 
     def take(line):
         try:
-            into.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
-            pass
+            return
+        if isinstance(value, dict):
+            into.append(value)
 
     return take
 
@@ -117,7 +127,7 @@ class Server:
         log.write(f"$ {' '.join(map(str, command))}\n")
         log.flush()
         environment = os.environ | {f"IDEFICS_{key.upper().replace('.', '__')}": str(value) for key, value in settings.items()}
-        self.process, lines = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment), queue.Queue()
+        self.process, lines = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace", env=environment), queue.Queue()
 
         def read():
             for line in self.process.stderr:

@@ -154,8 +154,9 @@ def serving(bench, log):
 
     def take(line):
         if level := LEVEL.match(line):
-            names = ("concurrency", "requests_per_s", "tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms")
-            levels.append({"added_ttft_ms": None} | {name: None if text == "-" else json.loads(text) for name, text in zip(names, level.groups())})
+            concurrency, *numbers = level.groups()
+            names = ("requests_per_s", "tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms")
+            levels.append({"concurrency": int(concurrency), "added_ttft_ms": None} | {name: None if text == "-" else float(text) for name, text in zip(names, numbers)})
         elif line.startswith("PROBLEM"):
             problems.append(line.strip())
 
