@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds into target/gpu/ what tests/gpu/run.sh needs on the machine with the card, which need not have a Rust toolchain, and says
-# how large it is.
+# Builds into target/gpu/ what tests/gpu/run.sh needs on the machine with the card, which need not have a Rust toolchain. An error if it
+# is too large to be carried there with the tracked files.
 set -euo pipefail
+MOST_MIB=64
 cd "$(dirname "$0")/../.."
 
 cargo build --release --locked -p idefics -p idefics-load -p idefics-engine-bench
@@ -24,3 +25,7 @@ du -sh --apparent-size target/gpu/*
 tracked=$(git ls-files -z | du --files0-from=- -c --apparent-size -b | tail -1 | cut -f1)
 built=$(du -s --apparent-size -b target/gpu | cut -f1)
 echo "target/gpu $((built >> 20)) MiB, tracked files $((tracked >> 20)) MiB, together $(((built + tracked) >> 20)) MiB"
+if [ $((built + tracked)) -gt $((MOST_MIB << 20)) ]; then
+    echo "target/gpu and the tracked files are larger than $MOST_MIB MiB together: make the binaries smaller, or remove what else is in target/gpu" >&2
+    exit 1
+fi
