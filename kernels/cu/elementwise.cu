@@ -39,19 +39,24 @@ ROWS(4, u32)
 ROWS(2, u16)
 ROWS(1, u8)
 
-// out[p, j] = table[channel(j), pixels[p, j]]: `cols` = channels * area pixels a row. A thread per element; the table, 256 floats
-// a channel, stays in the first-level cache.
+// Pictures into patches, rescaled and normalised: out[p, (c * size + y) * size + x] = table[c, v], where v is channel c of pixel
+// origins[p] + y * widths[p] + x. pixels [num_pixels, channels]; indices beyond them read the last one. A thread per element; pixels and
+// the table, 256 floats a channel, stay in the first-level cache. Moves 3 bytes an element.
 extern "C" __global__ void __launch_bounds__(256)
-    normalize_patches(const u8* pixels, const float* table, bf16* out, int rows, int cols, int area) {
+    patchify(const u8* pixels, const int* origins, const int* widths, const float* table, bf16* out, int num_pixels, int patches,
+             int channels, int size) {
   ptx::launch_dependents();
   ptx::wait_for_earlier_kernels();
-  const size_t n = (size_t)rows * cols;
+  const int area = size * size, cols = channels * area;
+  const size_t n = (size_t)patches * cols;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-    const int channel = (int)(i % cols) / area;
-    out[i] = to_bf16(table[channel * 256 + pixels[i]]);
+    const int patch = (int)(i / cols), j = (int)(i % cols), channel = j / area, y = j % area / size, x = j % size;
+    // Unsigned, so that a negative one is beyond them too.
+    const unsigned pixel = min((unsigned)origins[patch] + (unsigned)y * (unsigned)widths[patch] + (unsigned)x, (unsigned)num_pixels - 1);
+    out[i] = to_bf16(table[channel * 256 + pixels[(size_t)pixel * channels + channel]]);
   }
 }
-CU_EXPORT(normalize_patches)
+CU_EXPORT(patchify)
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 

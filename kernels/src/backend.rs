@@ -103,6 +103,20 @@ impl<B: Backend> Clone for Rope<'_, B> {
 
 impl<B: Backend> Copy for Rope<'_, B> {}
 
+/// 8-bit pictures that [`Backend::patchify`] cuts.
+pub struct Pictures<'a, B: Backend> {
+    /// `[pixels, channels]` u8: the pictures one after the other, row by row.
+    pub pixels: &'a Tensor<B>,
+    /// `[patches, 1]` i32: where the first pixel of each patch is.
+    pub origins: &'a Tensor<B>,
+    /// `[patches, 1]` i32: pixels a row of its picture.
+    pub widths: &'a Tensor<B>,
+    /// `[channels, 256]` f32: what becomes of each value.
+    pub table: &'a Tensor<B>,
+    /// Rows and columns of a patch.
+    pub patch_size: usize,
+}
+
 /// What [`Backend::paged_attention`] must know about a step: which rows belong to which sequence, and where their past lies.
 ///
 /// Everything that varies from step to step is in device tensors.
@@ -281,10 +295,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// `out[rows[i]] = src[i]`; other rows of `out` stay. `rows` `[n, 1]` i32, distinct, within the window of `out`.
     fn scatter_rows(&self, src: &Tensor<Self>, rows: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
 
-    /// `out[p, j] = table[channel(j), pixels[p, j]]`: rescaling and normalisation of 8-bit patches. `pixels` `[patches,
-    /// channels x patch area]` u8, channel-major (the layout of the patch convolution's weight); `table` `[channels, 256]`
-    /// f32; `out` as `pixels`.
-    fn normalize_patches(&self, pixels: &Tensor<Self>, table: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()>;
+    /// Cuts pictures into patches, rescales and normalises: `out[p, (c * size + y) * size + x] = table[c, v]`, where `v` is channel `c`
+    /// of the pixel `y` rows below and `x` columns beside the patch's first one. `out` `[patches, channels * size * size]`, channel-major
+    /// as the weight of the patch convolution.
+    fn patchify(&self, pictures: &Pictures<'_, Self>, out: &mut Tensor<Self>) -> Result<()>;
 
     /// `x W^T + bias` with an epilogue. `x` `[n, weight.cols]`; `bias` `[1, weight.rows]`; `out` `[n, weight.rows]`, in the
     /// activation type or f32.

@@ -4,8 +4,8 @@
 //! cost checks it too, and each must stay within its tensors whatever it is.
 
 use crate::{
-    AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope, SwigluScratch, Tensor,
-    VarlenAttention,
+    AttentionShape, Backend, Columns, DType, Draws, Error, KvCache, Matrix, PagedAttention, Pictures, Result, RmsNorm, Rope, SwigluScratch,
+    Tensor, VarlenAttention,
 };
 
 /// Collects what an op expects; the first thing that does not hold is its error.
@@ -119,15 +119,16 @@ pub fn scatter_rows<B: Backend>(src: &Tensor<B>, rows: &Tensor<B>, out: &Tensor<
     check.tensor("out", out, out.rows(), src.cols(), &[src.dtype()])
 }
 
-/// [`Backend::normalize_patches`]
-pub fn normalize_patches<B: Backend>(backend: &B, pixels: &Tensor<B>, table: &Tensor<B>, out: &Tensor<B>) -> Result<()> {
-    let check = Check("normalize_patches");
-    check.dtype("pixels", pixels.dtype(), &[DType::U8])?;
+/// [`Backend::patchify`]
+pub fn patchify<B: Backend>(backend: &B, pictures: &Pictures<'_, B>, out: &Tensor<B>) -> Result<()> {
+    let check = Check("patchify");
+    let Pictures { pixels, origins, widths, table, patch_size } = *pictures;
+    check.tensor("pixels", pixels, pixels.rows(), table.rows(), &[DType::U8])?;
     check.tensor("table", table, table.rows(), 256, &[DType::F32])?;
-    check.holds(table.rows() > 0 && pixels.cols().is_multiple_of(table.rows()), || {
-        format!("expected patches of whole channels, found {} pixels in {} channels", pixels.cols(), table.rows())
-    })?;
-    check.tensor("out", out, pixels.rows(), pixels.cols(), &[backend.activation_dtype()])
+    check.indices("origins", origins, out.rows())?;
+    check.indices("widths", widths, out.rows())?;
+    check.holds(out.rows() == 0 || pixels.rows() > 0, || format!("expected pixels of {} patches, found none", out.rows()))?;
+    check.tensor("out", out, out.rows(), table.rows() * patch_size * patch_size, &[backend.activation_dtype()])
 }
 
 /// [`Backend::linear`]

@@ -15,7 +15,7 @@ mod transfer;
 pub mod weights;
 
 pub use backend::{
-    AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, Rope, SwigluScratch, VarlenAttention,
+    AttentionShape, Backend, Draws, Epilogue, GraphKey, KvCache, PagedAttention, Pictures, RmsNorm, Rope, SwigluScratch, VarlenAttention,
 };
 pub use error::{Error, Result};
 pub use loader::WeightLoader;

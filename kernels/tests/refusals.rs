@@ -4,8 +4,8 @@ mod common;
 
 use common::*;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, RmsNorm, Rope, SwigluScratch, Tensor,
-    VarlenAttention,
+    AttentionShape, Backend, DType, Epilogue, Error, KvCache, Matrix, PagedAttention, Pictures, Result, RmsNorm, Rope, SwigluScratch,
+    Tensor, VarlenAttention,
     cpu::{Cpu, CpuOptions, Isa},
 };
 
@@ -108,9 +108,19 @@ fn norms_gates_and_patches_refuse_what_does_not_fit() {
     refused(cpu.rms_norm(&zeros(&cpu, 2, 4), &w, 1e-5, &mut zeros(&cpu, 3, 4)), "expected out [2, 4], found [3, 4]");
     refused(cpu.layer_norm(&zeros(&cpu, 2, 4), &w, &matrix(&cpu, &[3]), 1e-5, &mut zeros(&cpu, 2, 4)), "expected bias [1, 4]");
     refused(cpu.silu_and_mul(&zeros(&cpu, 2, 7), &mut zeros(&cpu, 2, 4)), "expected x [2, 8], found [2, 7]");
-    let pixels = cpu.alloc(2, 7, DType::U8).unwrap();
-    refused(cpu.normalize_patches(&pixels, &zeros(&cpu, 3, 256), &mut zeros(&cpu, 2, 7)), "whole channels");
-    refused(cpu.normalize_patches(&pixels, &zeros(&cpu, 1, 255), &mut zeros(&cpu, 2, 7)), "expected table [1, 256]");
+    let pixels = cpu.alloc(24, 3, DType::U8).unwrap();
+    let patchify = |table: [usize; 2], origins: &[i32], cols| {
+        let (origins, widths) = (indices(&cpu, origins), indices(&cpu, &[6, 6]));
+        let table = &zeros(&cpu, table[0], table[1]);
+        let pictures = Pictures { pixels: &pixels, origins: &origins, widths: &widths, table, patch_size: 2 };
+        cpu.patchify(&pictures, &mut zeros(&cpu, 2, cols))
+    };
+    patchify([3, 256], &[0, 16], 12).unwrap();
+    refused(patchify([3, 256], &[0, 17], 12), "expected patches within 24 pixels, found patch 1 from pixel 17 on in rows of 6");
+    refused(patchify([3, 256], &[-1, 0], 12), "found patch 0 from pixel -1 on");
+    refused(patchify([1, 256], &[0, 0], 4), "expected pixels [24, 1], found [24, 3]");
+    refused(patchify([3, 255], &[0, 0], 12), "expected table [3, 256]");
+    refused(patchify([3, 256], &[0, 0], 11), "expected out [2, 12], found [2, 11]");
 }
 
 const SHAPE: AttentionShape = AttentionShape { num_heads: 2, num_kv_heads: 1, head_dim: 4 };

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use idefics_kernels::{AttentionShape, Backend, DType, KvCache, Rope};
+use idefics_kernels::{AttentionShape, Backend, DType, KvCache, Pictures, Rope};
 
 /// Rounding of f32: half of the distance of neighbours, relatively.
 const ROUNDING: f64 = f32::EPSILON as f64 / 2.0;
@@ -57,19 +57,32 @@ fn rows_of_any_type_are_gathered() {
 }
 
 #[test]
-fn pixels_become_what_their_channels_table_says() {
+fn pictures_become_patches_of_what_their_channels_table_says() {
     for cpu in backends() {
         let rng = &mut Rng(3);
-        for (patches, area) in [(1, 1), (3, 196), (120, 196)] {
+        // Pixels a patch and a row of the picture; the first patch begins within a row.
+        for (size, width, patches) in [(1, 1, 1), (14, 42, 3), (14, 140, 120)] {
             let table = rng.units(3 * 256);
-            let pixels: Vec<u8> = (0..patches * 3 * area).map(|_| rng.next() as u8).collect();
-            let mut src = cpu.alloc(patches, 3 * area, DType::U8).unwrap();
-            cpu.upload(&pixels, &mut src).unwrap();
-            let mut out = poisoned(&cpu, patches, 3 * area);
-            cpu.normalize_patches(&src, &tensor(&cpu, 3, 256, &table), &mut out).unwrap();
-            let value = |(i, pixel): (usize, &u8)| table[i % (3 * area) / area * 256 + usize::from(*pixel)];
-            let expected: Vec<f32> = pixels.iter().enumerate().map(value).collect();
-            assert_eq!(read::<f32>(&cpu, &out), expected);
+            let count = (patches + size) * width;
+            let bytes: Vec<u8> = (0..count * 3).map(|_| rng.next() as u8).collect();
+            let mut pixels = cpu.alloc(count, 3, DType::U8).unwrap();
+            cpu.upload(&bytes, &mut pixels).unwrap();
+            let origins: Vec<i32> = (0..patches).map(|i| (i * width + (i * 5) % (width - size + 1)) as i32).collect();
+            let mut out = poisoned(&cpu, patches, 3 * size * size);
+            let pictures = Pictures {
+                pixels: &pixels,
+                origins: &indices(&cpu, &origins),
+                widths: &indices(&cpu, &vec![width as i32; patches]),
+                table: &tensor(&cpu, 3, 256, &table),
+                patch_size: size,
+            };
+            cpu.patchify(&pictures, &mut out).unwrap();
+            let found = read::<f32>(&cpu, &out);
+            for (i, value) in found.iter().enumerate() {
+                let (patch, channel, y, x) = (i / (3 * size * size), i / (size * size) % 3, i / size % size, i % size);
+                let pixel = origins[patch] as usize + y * width + x;
+                assert_eq!(*value, table[channel * 256 + usize::from(bytes[pixel * 3 + channel])]);
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use super::{
     simd::{Kernel, Simd},
     storage::Shared,
 };
-use crate::{Result, Tensor, check};
+use crate::{Error, Pictures, Result, Tensor, check};
 
 /// Elements above which threads share the work.
 const PARALLEL_ELEMENTS: usize = 1 << 15;
@@ -57,21 +57,38 @@ impl Kernel for SiluAndMul<'_> {
     }
 }
 
-/// [`Backend::normalize_patches`](crate::Backend::normalize_patches).
-pub(crate) fn normalize_patches(cpu: &Cpu, pixels: &Tensor<Cpu>, table: &Tensor<Cpu>, out: &mut Tensor<Cpu>) -> Result<()> {
-    check::normalize_patches(cpu, pixels, table, out)?;
-    let (rows, cols, area) = (pixels.rows(), pixels.cols(), pixels.cols() / table.rows());
+/// [`Backend::patchify`](crate::Backend::patchify).
+pub(crate) fn patchify(cpu: &Cpu, pictures: &Pictures<'_, Cpu>, out: &mut Tensor<Cpu>) -> Result<()> {
+    check::patchify(cpu, pictures, out)?;
+    let Pictures { pixels, origins, widths, table, patch_size } = *pictures;
+    let (rows, cols, channels) = (out.rows(), out.cols(), table.rows());
     let pixels: &[u8] = pixels.storage.slice(pixels.elements());
+    let (origins, widths): (&[i32], &[i32]) = (origins.storage.slice(origins.elements()), widths.storage.slice(widths.elements()));
     let table: &[f32] = table.storage.slice(table.elements());
+    let limit = pixels.len() / channels.max(1);
+    // Pixels from the first one of a row of a patch on.
+    let place = |patch: usize, y: usize| -> Option<usize> {
+        let (origin, width) = (usize::try_from(origins[patch]).ok()?, usize::try_from(widths[patch]).ok()?);
+        origin.checked_add(y.checked_mul(width)?)
+    };
+    let is_within = |patch| place(patch, patch_size.saturating_sub(1)).is_some_and(|last| last + patch_size <= limit);
+    if let Some(patch) = (0..rows).find(|patch| !is_within(*patch)) {
+        let (origin, width) = (origins[patch], widths[patch]);
+        let what = format!("expected patches within {limit} pixels, found patch {patch} from pixel {origin} on in rows of {width}");
+        return Err(Error::shape("patchify", what));
+    }
     let out = Shared::new(out.storage.slice_mut(out.elements()));
-    cpu.for_each(pixels.len() >= PARALLEL_ELEMENTS, rows, |row| {
-        let part = row * cols..(row + 1) * cols;
+    cpu.for_each(rows * cols >= PARALLEL_ELEMENTS, rows, |patch| {
         // SAFETY: each row of the output belongs to one tile.
-        let out = unsafe { out.part(part.clone()) };
-        let channels = pixels[part].chunks_exact(area.max(1)).zip(out.chunks_exact_mut(area.max(1)));
-        for ((pixels, out), table) in channels.zip(table.as_chunks::<256>().0) {
-            for (out, pixel) in out.iter_mut().zip(pixels) {
-                *out = table[usize::from(*pixel)];
+        let out = unsafe { out.part(patch * cols..(patch + 1) * cols) };
+        for y in 0..patch_size {
+            let first = place(patch, y).expect("patches are within the pixels") * channels;
+            let row = &pixels[first..first + patch_size * channels];
+            for (channel, table) in table.as_chunks::<256>().0.iter().enumerate() {
+                let out = &mut out[(channel * patch_size + y) * patch_size..][..patch_size];
+                for (out, pixel) in out.iter_mut().zip(row.chunks_exact(channels)) {
+                    *out = table[usize::from(pixel[channel])];
+                }
             }
         }
     });

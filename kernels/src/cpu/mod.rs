@@ -26,8 +26,8 @@ pub use simd::Isa;
 pub use storage::{CpuStorage, CpuWeight};
 
 use crate::{
-    AttentionShape, Backend, DType, Element, Epilogue, KvCache, Matrix, PagedAttention, Result, Rope, Tensor, VarlenAttention, check,
-    weights::WeightView,
+    AttentionShape, Backend, DType, Element, Epilogue, KvCache, Matrix, PagedAttention, Pictures, Result, Rope, Tensor, VarlenAttention,
+    check, weights::WeightView,
 };
 use pool::Pool;
 use simd::Level;
@@ -133,8 +133,8 @@ impl Backend for Cpu {
         rows::scatter(src, rows, out)
     }
 
-    fn normalize_patches(&self, pixels: &Tensor<Self>, table: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        elementwise::normalize_patches(self, pixels, table, out)
+    fn patchify(&self, pictures: &Pictures<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {
+        elementwise::patchify(self, pictures, out)
     }
 
     fn linear(

@@ -1,7 +1,7 @@
 //! Functions of single elements.
 
 use super::{Cuda, pointer};
-use crate::{Result, Tensor, check};
+use crate::{Pictures, Result, Tensor, check};
 
 const THREADS: usize = 256;
 
@@ -10,14 +10,15 @@ fn blocks(cuda: &Cuda, items: usize) -> usize {
     items.div_ceil(THREADS).min(cuda.device().multiprocessors * 8)
 }
 
-/// [`Backend::normalize_patches`](crate::Backend::normalize_patches)
-pub(super) fn normalize_patches(cuda: &Cuda, pixels: &Tensor<Cuda>, table: &Tensor<Cuda>, out: &mut Tensor<Cuda>) -> Result<()> {
-    check::normalize_patches(cuda, pixels, table, out)?;
-    let (rows, cols) = (pixels.rows(), pixels.cols());
-    let launch = cuda.launch("normalize_patches")?.grid([blocks(cuda, rows * cols), 1, 1]).threads(THREADS);
-    let launch = launch.pointer(pointer(pixels)).pointer(pointer(table)).pointer(pointer(out));
-    // SAFETY: shapes were checked; a channel has `cols / channels` pixels, so that it is below the table's rows.
-    unsafe { launch.int(rows).int(cols).int(cols / table.rows()).run() }
+/// [`Backend::patchify`](crate::Backend::patchify)
+pub(super) fn patchify(cuda: &Cuda, pictures: &Pictures<'_, Cuda>, out: &mut Tensor<Cuda>) -> Result<()> {
+    check::patchify(cuda, pictures, out)?;
+    let Pictures { pixels, origins, widths, table, patch_size } = *pictures;
+    let launch = cuda.launch("patchify")?.grid([blocks(cuda, out.rows() * out.cols()), 1, 1]).threads(THREADS);
+    let launch = launch.pointer(pointer(pixels)).pointer(pointer(origins)).pointer(pointer(widths));
+    let launch = launch.pointer(pointer(table)).pointer(pointer(out)).int(pixels.rows()).int(out.rows());
+    // SAFETY: shapes were checked, and the kernel stays within the pixels whatever the indices are.
+    unsafe { launch.int(table.rows()).int(patch_size).run() }
 }
 
 /// [`Backend::silu_and_mul`](crate::Backend::silu_and_mul)

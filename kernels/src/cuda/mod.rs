@@ -25,8 +25,8 @@ pub use attention::AttentionKernels;
 pub use driver::DeviceBuffer;
 
 use crate::{
-    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, GraphKey, KvCache, Matrix, PagedAttention, Result, RmsNorm,
-    Rope, SwigluScratch, Tensor, Upload, VarlenAttention, check, weights::WeightView,
+    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, GraphKey, KvCache, Matrix, PagedAttention, Pictures, Result,
+    RmsNorm, Rope, SwigluScratch, Tensor, Upload, VarlenAttention, check, weights::WeightView,
 };
 use driver::{Device, DevicePtr, Stream};
 use graph::Graphs;
@@ -253,8 +253,8 @@ impl Backend for Cuda {
         rows::scatter(self, src, rows, out)
     }
 
-    fn normalize_patches(&self, pixels: &Tensor<Self>, table: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        elementwise::normalize_patches(self, pixels, table, out)
+    fn patchify(&self, pictures: &Pictures<'_, Self>, out: &mut Tensor<Self>) -> Result<()> {
+        elementwise::patchify(self, pictures, out)
     }
 
     fn linear(

@@ -2,22 +2,47 @@ use crate::{
     common::{Rng, assert_close},
     support::*,
 };
-use idefics_kernels::{Backend, DType, GraphKey};
+use idefics_kernels::{Backend, DType, GraphKey, Pictures};
 
 #[test]
 #[ignore = "needs a CUDA device or its emulation"]
-fn pixels_are_normalised_by_channel() {
+fn pictures_are_cut_into_patches_and_normalised() {
     let cuda = open();
-    for (patches, area) in [(1, 1), (3, 196), (57, 5), (20, 49)] {
-        let rng = &mut Rng(patches as u64);
-        let table: Vec<f32> = rng.units(3 * 256);
-        let pixels: Vec<u8> = (0..patches * 3 * area).map(|_| rng.below(256) as u8).collect();
-        let mut out = poisoned(&cuda, patches, 3 * area, DType::Bf16);
-        let (pixels_in, table_in) = (elements(&cuda, patches, 3 * area, &pixels), elements(&cuda, 3, 256, &table));
-        cuda.normalize_patches(&pixels_in, &table_in, &mut out).unwrap();
-        let at = |i: usize| round(table[i % (3 * area) / area * 256 + pixels[i] as usize]);
-        assert_eq!(read(&cuda, &out), (0..pixels.len()).map(at).collect::<Vec<f32>>(), "{patches} patches of {area}");
-        assert_untouched_around("normalize_patches", &cuda, &mut out);
+    // Rows and columns of patches of each picture.
+    for (size, channels, grids) in
+        [(1, 1, vec![(1, 1)]), (14, 3, vec![(2, 3)]), (14, 3, vec![(1, 1), (3, 2), (4, 4)]), (5, 2, vec![(1, 7), (6, 1)])]
+    {
+        let rng = &mut Rng(size as u64);
+        let table: Vec<f32> = rng.units(channels * 256);
+        let (mut pixels, mut origins, mut widths, mut expected) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (rows, cols) in grids {
+            let (first, width) = (pixels.len() / channels, cols * size);
+            pixels.extend((0..rows * size * width * channels).map(|_| rng.below(256) as u8));
+            for (row, col) in (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))) {
+                let origin = first + row * size * width + col * size;
+                origins.push(origin as i32);
+                widths.push(width as i32);
+                for (channel, y, x) in (0..channels).flat_map(|c| (0..size).flat_map(move |y| (0..size).map(move |x| (c, y, x)))) {
+                    expected.push(round(table[channel * 256 + pixels[(origin + y * width + x) * channels + channel] as usize]));
+                }
+            }
+        }
+        let mut out = poisoned(&cuda, origins.len(), channels * size * size, DType::Bf16);
+        let pictures = Pictures {
+            pixels: &elements(&cuda, pixels.len() / channels, channels, &pixels),
+            origins: &indices(&cuda, &origins),
+            widths: &indices(&cuda, &widths),
+            table: &elements(&cuda, channels, 256, &table),
+            patch_size: size,
+        };
+        cuda.patchify(&pictures, &mut out).unwrap();
+        assert_eq!(read(&cuda, &out), expected, "{} patches of {size}", origins.len());
+        assert_untouched_around("patchify", &cuda, &mut out);
+        // Places that make no sense read some pixel and harm nothing.
+        let wrong: Vec<i32> = (0..origins.len()).map(|i| [i32::MIN, i32::MAX, -1][i % 3]).collect();
+        cuda.patchify(&Pictures { origins: &indices(&cuda, &wrong), ..pictures }, &mut out).unwrap();
+        cuda.patchify(&Pictures { widths: &indices(&cuda, &wrong), ..pictures }, &mut out).unwrap();
+        assert!(read(&cuda, &out).iter().all(|value| table.iter().any(|entry| round(*entry) == *value)));
     }
 }
 

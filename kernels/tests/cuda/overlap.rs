@@ -7,8 +7,8 @@ use crate::{
 };
 use half::bf16;
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, RmsNorm, Rope, SwigluScratch, Tensor,
-    VarlenAttention,
+    AttentionShape, Backend, DType, Draws, Element, Epilogue, GraphKey, KvCache, PagedAttention, Pictures, RmsNorm, Rope, SwigluScratch,
+    Tensor, VarlenAttention,
     cuda::{Cuda, CudaOptions},
 };
 use std::mem::swap;
@@ -132,10 +132,17 @@ fn norms_and_functions_wait_for_the_kernels_ahead() {
     let x = &mut [Input::units(cuda, 5, 288)];
     check(cuda, "silu_and_mul", x, &mut out, &mut |x, out| cuda.silu_and_mul(&x[0].live, out).unwrap());
     let pixels = [1, 2].map(|seed| (0..5 * 144).map(|i| (i * seed) as u8).collect::<Vec<u8>>());
-    let tables = [1, 2].map(|seed| Rng(seed).units(3 * 256));
-    let inputs = &mut [Input::new(cuda, 144, pixels), Input::new(cuda, 256, tables)];
-    check(cuda, "normalize_patches", inputs, &mut out, &mut |inputs, out| {
-        cuda.normalize_patches(&inputs[0].live, &inputs[1].live, out).unwrap();
+    let tables = [1, 2].map(|seed| Rng(seed).units(256));
+    let inputs = &mut [
+        Input::new(cuda, 1, pixels),
+        Input::new(cuda, 256, tables),
+        Input::indices(cuda, [[0, 144, 12, 300, 7], [5, 0, 288, 20, 100]]),
+        Input::indices(cuda, [[12, 24, 12, 13, 30], [14, 12, 20, 36, 12]]),
+    ];
+    check(cuda, "patchify", inputs, &mut out, &mut |inputs, out| {
+        let [pixels, table, origins, widths] = inputs else { unreachable!("four inputs") };
+        let pictures = Pictures { pixels: &pixels.live, origins: &origins.live, widths: &widths.live, table: &table.live, patch_size: 12 };
+        cuda.patchify(&pictures, out).unwrap();
     });
 }
 

@@ -129,7 +129,7 @@ impl Pipeline {
         let (grids, memory_permit) = prepared?;
         let preprocessed_at = Instant::now();
         let sub_images: Arc<[SubImage]> =
-            grids.iter().map(|g| SubImage { width: g.width, height: g.height, patches: (g.rows * g.cols) as u32 }).collect();
+            grids.iter().map(|g| SubImage { width: g.width, height: g.height, patches: g.len() as u32 }).collect();
         let output = move |encoded: Encoded| Output { encoded, sub_images, queued_at, preprocess_started_at, preprocessed_at };
         let (pipeline, stats, kept) = (Arc::downgrade(&self), Arc::clone(self.engine.stats()), output.clone());
         // The engine's thread must not keep the engine alive, hence weak.

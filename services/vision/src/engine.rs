@@ -310,7 +310,7 @@ impl<R: RunPass> Worker<R> {
         for p in pending {
             let mut end = p.next_sub_image;
             for grid in &p.job.picture.sub_images[end..] {
-                let more = grid.rows * grid.cols;
+                let more = grid.len();
                 // A first one that does not fit alone goes in as well, and is refused by the model with a reason.
                 if sub_images > 0 && (patches + more > limits.max_patches || sub_images == limits.max_sub_images) {
                     break;
@@ -344,7 +344,7 @@ impl<R: RunPass> Worker<R> {
             let bytes = share.start * self.shape.bytes()..share.end * self.shape.bytes();
             outputs.push(&mut bytemuck::cast_slice_mut(&mut p.rows.words)[bytes]);
         }
-        let (sub_images, patches) = (grids.len(), grids.iter().map(|grid| grid.rows * grid.cols).sum());
+        let (sub_images, patches) = (grids.len(), grids.iter().map(|grid| grid.len()).sum());
         self.runner.run(&grids, &mut outputs)?;
         for (p, share) in pending.iter_mut().zip(shares) {
             p.next_sub_image = share.end;

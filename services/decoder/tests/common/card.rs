@@ -2,8 +2,8 @@
 //! waits for them, and what went wrong is known by then and not before.
 
 use idefics_kernels::{
-    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, KvCache, Matrix, PagedAttention, Result, Rope, Tensor,
-    Upload, Values, VarlenAttention,
+    AttentionShape, Backend, DType, Download, Draws, Element, Epilogue, Error, KvCache, Matrix, PagedAttention, Pictures, Result, Rope,
+    Tensor, Upload, Values, VarlenAttention,
     cpu::{Cpu, CpuOptions},
     weights::WeightView,
 };
@@ -207,8 +207,8 @@ impl Backend for Card {
         self.cpu.scatter_rows(&lend(src), &lend(rows), &mut lend(out))
     }
 
-    fn normalize_patches(&self, pixels: &Tensor<Self>, table: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        self.cpu.normalize_patches(&lend(pixels), &lend(table), &mut lend(out))
+    fn patchify(&self, _: &Pictures<'_, Self>, _: &mut Tensor<Self>) -> Result<()> {
+        unreachable!("no op of a decoder")
     }
 
     fn linear(

@@ -10,7 +10,7 @@ mod siglip;
 use crate::preprocess::{Normalization, PatchGrid, position_ids};
 use connector::ModalityProjection;
 use idefics_common::checkpoint::ModelConfig;
-use idefics_kernels::{Backend, DType, Error, GraphKey, Result, Tensor, WeightLoader};
+use idefics_kernels::{Backend, DType, Error, GraphKey, Pictures, Result, Tensor, WeightLoader};
 use perceiver::Perceiver;
 use siglip::VisionTower;
 
@@ -21,11 +21,14 @@ pub struct VisionModel<B: Backend> {
     perceiver: Perceiver<B>,
     inputs: Inputs<B>,
     position_side: usize,
+    patch_size: usize,
 }
 
 /// What a pass reads from the host.
 struct Inputs<B: Backend> {
-    pixels: Tensor<B>,        // [P, 3 * patch * patch] u8
+    pixels: Tensor<B>,        // [P * patch * patch, 3] u8: pictures, not yet patches
+    origins: Tensor<B>,       // [P, 1] i32: first pixel of a patch
+    widths: Tensor<B>,        // [P, 1] i32: pixels a row of its picture
     normalization: Tensor<B>, // [3, 256] f32
     position_ids: Tensor<B>,  // [P, 1] i32
     cu_seqlens: Tensor<B>,    // [S + 1, 1] i32: patches
@@ -74,7 +77,9 @@ impl<B: Backend> VisionModel<B> {
         let (patches, sub_images) = (limits.max_patches, limits.max_sub_images);
         let i32s = |rows| backend.alloc(rows, 1, DType::I32);
         let mut inputs = Inputs {
-            pixels: backend.alloc(patches, vision.num_channels * vision.patch_size * vision.patch_size, DType::U8)?,
+            pixels: backend.alloc(patches * vision.patch_size * vision.patch_size, vision.num_channels, DType::U8)?,
+            origins: i32s(patches)?,
+            widths: i32s(patches)?,
             normalization: backend.alloc(vision.num_channels, 256, DType::F32)?,
             position_ids: i32s(patches)?,
             cu_seqlens: i32s(sub_images + 1)?,
@@ -92,6 +97,7 @@ impl<B: Backend> VisionModel<B> {
             perceiver: Perceiver::load(backend, &connector.sub("perceiver_resampler"), &config.perceiver_config, limits)?,
             inputs,
             position_side: vision.num_patches_per_side(),
+            patch_size: vision.patch_size,
         })
     }
 
@@ -113,10 +119,17 @@ impl<B: Backend> VisionModel<B> {
             max_patches,
             latents,
         };
+        let pictures = Pictures {
+            pixels: &inputs.pixels,
+            origins: &inputs.origins,
+            widths: &inputs.widths,
+            table: &inputs.normalization,
+            patch_size: self.patch_size,
+        };
         let (tower, modality_projection, perceiver) = (&mut self.tower, &mut self.modality_projection, &mut self.perceiver);
-        let key = GraphKey { name: "vision", sizes: [inputs.pixels.rows(), sub_images.len(), max_patches] };
+        let key = GraphKey { name: "vision", sizes: [inputs.position_ids.rows(), sub_images.len(), max_patches] };
         backend.graphed(key, &mut || {
-            let patches = tower.forward(backend, &inputs.pixels, &inputs.normalization, &inputs.position_ids, &packing)?;
+            let patches = tower.forward(backend, &pictures, &inputs.position_ids, &packing)?;
             let context = modality_projection.forward(backend, patches)?;
             perceiver.forward(backend, context, &packing)
         })?;
@@ -126,23 +139,33 @@ impl<B: Backend> VisionModel<B> {
         Ok(image_tokens)
     }
 
-    /// Fills the inputs; returns the patches of the largest sub-image, padded. Rows that fill up a pass are pixels of earlier ones:
-    /// they belong to no sub-image, so that nothing comes of them.
+    /// Fills the inputs; returns the patches of the largest sub-image, padded. Patches that fill up a pass are all the same, of pixels that
+    /// are there: they belong to no sub-image, so that nothing comes of them.
     fn upload(&mut self, backend: &B, sub_images: &[&PatchGrid]) -> Result<usize> {
         let latents = self.perceiver.latents();
-        let patches: usize = sub_images.iter().map(|grid| grid.rows * grid.cols).sum();
-        if patches > self.inputs.pixels.capacity() || sub_images.len() + 1 > self.inputs.cu_seqlens.capacity() {
-            let what =
-                format!("{} sub-images of {patches} patches in one pass, which takes {}", sub_images.len(), self.inputs.pixels.capacity());
+        let patches: usize = sub_images.iter().map(|grid| grid.len()).sum();
+        if patches > self.inputs.position_ids.capacity() || sub_images.len() + 1 > self.inputs.cu_seqlens.capacity() {
+            let what = format!(
+                "{} sub-images of {patches} patches in one pass, which takes {}",
+                sub_images.len(),
+                self.inputs.position_ids.capacity()
+            );
             return Err(Error::shape("vision pass", what));
         }
-        let (mut pixels, mut positions) = (Vec::with_capacity(patches * self.inputs.pixels.cols()), Vec::with_capacity(patches));
+        let (size, mut first_pixel) = (self.patch_size, 0);
+        let (mut origins, mut widths, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         let (mut cu_seqlens, mut cu_q, mut cu_k) = (vec![0], vec![0], vec![0]);
         let (mut latent_ids, mut context_rows, mut latent_rows) = (Vec::new(), Vec::new(), Vec::new());
         for grid in sub_images {
-            let count = (grid.rows * grid.cols) as i32;
+            let (count, width) = (grid.len() as i32, grid.cols * size);
+            let pixels = grid.rows * size * width;
+            self.inputs.pixels.set_window(first_pixel..first_pixel + pixels)?;
+            backend.upload(&grid.pixels, &mut self.inputs.pixels)?;
+            let cells = (0..grid.rows).flat_map(|row| (0..grid.cols).map(move |col| (row, col)));
+            origins.extend(cells.map(|(row, col)| (first_pixel + row * size * width + col * size) as i32));
+            first_pixel += pixels;
             let first = cu_k[cu_k.len() - 1];
-            pixels.extend_from_slice(&grid.pixels);
+            widths.resize(origins.len(), width as i32);
             positions.extend(position_ids(grid.rows, grid.cols, self.position_side));
             context_rows.extend(first..first + count);
             latent_rows.extend(first + count..first + count + latents as i32);
@@ -155,12 +178,14 @@ impl<B: Backend> VisionModel<B> {
         let padded = backend.padded_rows(patches) as i32;
         let end = cu_k[cu_k.len() - 1];
         context_rows.extend(end..end + padded - patches as i32);
-        positions.resize(context_rows.len(), 0);
+        for values in [&mut origins, &mut widths, &mut positions] {
+            values.resize(context_rows.len(), 0);
+        }
         let inputs = &mut self.inputs;
-        inputs.pixels.set_rows(patches)?;
-        backend.upload(&pixels, &mut inputs.pixels)?;
-        inputs.pixels.set_rows(context_rows.len())?;
+        inputs.pixels.set_rows(context_rows.len() * size * size)?;
         for (values, tensor) in [
+            (&origins, &mut inputs.origins),
+            (&widths, &mut inputs.widths),
             (&positions, &mut inputs.position_ids),
             (&cu_seqlens, &mut inputs.cu_seqlens),
             (&cu_q, &mut inputs.cu_seqlens_q),
@@ -172,6 +197,6 @@ impl<B: Backend> VisionModel<B> {
             tensor.set_rows(values.len())?;
             backend.upload(values, tensor)?;
         }
-        Ok(backend.padded_rows(sub_images.iter().map(|grid| grid.rows * grid.cols).max().unwrap_or(0)))
+        Ok(backend.padded_rows(sub_images.iter().map(|grid| grid.len()).max().unwrap_or(0)))
     }
 }

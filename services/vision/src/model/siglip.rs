@@ -5,7 +5,7 @@
 
 use super::Packing;
 use idefics_common::checkpoint::VisionConfig;
-use idefics_kernels::{AttentionShape, Backend, Epilogue, Matrix, Result, Tensor, VarlenAttention, WeightLoader};
+use idefics_kernels::{AttentionShape, Backend, Epilogue, Matrix, Pictures, Result, Tensor, VarlenAttention, WeightLoader};
 
 /// A norm with weight and bias, `[1, hidden]` each.
 struct LayerNorm<B: Backend> {
@@ -137,16 +137,15 @@ impl<B: Backend> VisionTower<B> {
     pub(super) fn forward(
         &mut self,
         backend: &B,
-        pixels: &Tensor<B>,
-        normalization: &Tensor<B>,
+        pictures: &Pictures<'_, B>,
         position_ids: &Tensor<B>,
         packing: &Packing<'_, B>,
     ) -> Result<&mut Tensor<B>> {
         let ws = &mut self.workspace;
         for tensor in [&mut ws.patches, &mut ws.hidden, &mut ws.normed, &mut ws.qkv, &mut ws.mlp] {
-            tensor.set_rows(pixels.rows())?;
+            tensor.set_rows(position_ids.rows())?;
         }
-        backend.normalize_patches(pixels, normalization, &mut ws.patches)?;
+        backend.patchify(pictures, &mut ws.patches)?;
         backend.embed(&self.position_embedding, position_ids, &mut ws.hidden)?;
         self.patch_embedding.forward(backend, &ws.patches, Epilogue::Accumulate, &mut ws.hidden)?;
         for layer in &self.layers {

@@ -1,6 +1,6 @@
 //! The image path of an encode call: encoded bytes in, one grid of 8-bit patches per (sub-)image out.
 //!
-//! Decode ([`decode`]) → split into crops → resize each ([`resize_bilinear`]) → cut into patches ([`cut_patches`]). The values equal
+//! Decode ([`decode`]) → split into crops → resize each ([`resize_bilinear`]) → keep whole patches ([`PatchGrid`]). The values equal
 //! those of the Idefics2 image processor of `transformers` 4.57.6 over Pillow 11.3, bit for bit, for every lossless format; a JPEG's
 //! differ by the rounding of its decoder. Pixels stay 8-bit up to the engine, which looks them up in [`Normalization::table`]: a quarter
 //! of the bytes to queue and to upload, and the same floats.
@@ -28,7 +28,7 @@ use rayon::prelude::*;
 pub use decode::{ImageFormat, decode};
 pub use error::PreprocessError;
 pub use normalize::Normalization;
-pub use patches::{PatchGrid, cut_patches};
+pub use patches::PatchGrid;
 pub use position::position_ids;
 pub use resize::{output_size, resize_bilinear};
 pub use rgb::{RgbPicture, RgbView};
@@ -106,7 +106,7 @@ pub fn preprocess_while(
         .map(|view| {
             still_wanted()?;
             let (width, height) = output_size(view.width(), view.height(), options);
-            Ok(cut_patches(&resize_bilinear(view, width, height), patch_size))
+            Ok(PatchGrid::new(resize_bilinear(view, width, height), patch_size))
         })
         .collect()
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use idefics_vision::preprocess::{
-    ImageLimits, Normalization, PreprocessOptions, RgbPicture, output_size, position_ids, preprocess, resize_bilinear,
+    ImageLimits, Normalization, PatchGrid, PreprocessOptions, RgbPicture, output_size, position_ids, preprocess, resize_bilinear,
 };
 use serde::Deserialize;
 
@@ -79,7 +79,19 @@ fn bmp(picture: &RgbPicture) -> Vec<u8> {
     file
 }
 
-/// Patch bytes as the engine sees them: f32 in the order of `pixels`.
+/// The patches of a grid one after the other, each channel, y, x: the layout of the convolution's weight.
+fn patches(grid: &PatchGrid) -> Vec<u8> {
+    let mut patches = Vec::new();
+    for (row, col) in (0..grid.rows).flat_map(|row| (0..grid.cols).map(move |col| (row, col))) {
+        for (channel, y) in (0..3).flat_map(|channel| (0..PATCH).map(move |y| (channel, y))) {
+            let first = (row * PATCH + y) * grid.cols * PATCH + col * PATCH;
+            patches.extend((0..PATCH).map(|x| grid.pixels[(first + x) * 3 + channel]));
+        }
+    }
+    patches
+}
+
+/// Patch bytes as the model sees them: f32 in the order of `pixels`.
 fn normalized(pixels: &[u8], table: &[f32]) -> Vec<u8> {
     let plane = PATCH * PATCH;
     pixels.iter().enumerate().flat_map(|(at, &value)| table[at / plane % 3 * 256 + usize::from(value)].to_le_bytes()).collect()
@@ -104,8 +116,9 @@ fn grids_equal_the_reference_bit_for_bit() {
         for (index, (grid, expected)) in grids.iter().zip(&case.grids).enumerate() {
             assert_eq!((grid.width, grid.height), (expected.width, expected.height), "{label}: grid {index}");
             assert_eq!((grid.cols, grid.rows), (grid.width as usize / PATCH, grid.height as usize / PATCH), "{label}: grid {index}");
-            assert_eq!(digest(&grid.pixels), expected.patches, "{label}: patches of grid {index}");
-            assert_eq!(digest(&normalized(&grid.pixels, &table)), expected.pixel_values, "{label}: values of grid {index}");
+            let patches = patches(grid);
+            assert_eq!(digest(&patches), expected.patches, "{label}: patches of grid {index}");
+            assert_eq!(digest(&normalized(&patches, &table)), expected.pixel_values, "{label}: values of grid {index}");
         }
     }
 }

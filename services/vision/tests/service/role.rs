@@ -55,7 +55,7 @@ impl RunPass for Gated {
     }
 
     fn run(&mut self, sub_images: &[&PatchGrid], outputs: &mut [&mut [u8]]) -> Result<()> {
-        drop(self.entered.send(sub_images.iter().map(|grid| grid.rows * grid.cols).collect()));
+        drop(self.entered.send(sub_images.iter().map(|grid| grid.len()).collect()));
         // No ticket means that the gate is open for good.
         self.tickets.recv().unwrap_or(Ok(()))?;
         self.runner.run(sub_images, outputs)

@@ -6,7 +6,7 @@ use idefics_kernels::Backend;
 use idefics_vision::{
     Config, Engine, EngineOptions,
     engine::Picture,
-    preprocess::{Normalization, PatchGrid, RgbPicture, cut_patches},
+    preprocess::{Normalization, PatchGrid, RgbPicture},
 };
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -57,7 +57,7 @@ fn grids(case: PictureCase, patch_size: usize) -> Vec<PatchGrid> {
     let mut grid = |width: u32, height: u32| {
         let mut pixels = vec![0; (width * height * 3) as usize];
         rng.fill_bytes(&mut pixels);
-        cut_patches(&RgbPicture { width, height, pixels }, patch_size)
+        PatchGrid::new(RgbPicture { width, height, pixels }, patch_size)
     };
     let mut grids = Vec::new();
     if case.split {
