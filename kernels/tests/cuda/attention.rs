@@ -180,6 +180,16 @@ fn few_tiles_share_a_long_context() {
     }
 }
 
+/// A picture of 980 x 980 has 4,900 patches; the Perceiver sees them, and its own 64 latents, with heads of 96 in groups of 4.
+#[test]
+#[ignore = "needs a CUDA device or its emulation"]
+fn keys_of_the_largest_picture_are_seen() {
+    for cuda in open_each() {
+        packed(&cuda, heads(1, 1, 72), &[(200, 4900), (1, 4900)]);
+        packed(&cuda, heads(4, 1, 96), &[(64, 4964)]);
+    }
+}
+
 /// Which block is the last to finish differs from run to run. All weights are equal and the values cancel, so that what is left is
 /// the rounding of their sums.
 #[test]
