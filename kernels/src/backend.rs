@@ -206,6 +206,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
         sequences
     }
 
+    /// Output features to which a layer is filled up whose rows of output would else begin at addresses that products do not like.
+    fn padded_features(&self, features: usize) -> usize {
+        features
+    }
+
     /// Element type of activations and of the KV cache.
     fn activation_dtype(&self) -> DType;
 
@@ -365,15 +370,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Err(Error::shape("sample", "expected a backend that samples; take the logits to the host"))
     }
 
-    /// Log-probabilities, log softmax(logits), of one token and of the most likely ones of each row of `logits` `[n, vocab]` f32.
-    /// `token_ids` `[n, 1]` i32; `top_ids` `[n, k]` i32, k at most vocab, by falling probability and equals by id; `out` `[n, 1 + k]`
+    /// Log-probabilities, log softmax(logits), of one token and of the most likely ones of each row of `logits` `[n, vocab or more]`
+    /// f32, of which the first `vocab` columns count. `token_ids` `[n, 1]` i32; `top_ids` `[n, k]` i32, k at most vocab, by falling probability and equals by id; `out` `[n, 1 + k]`
     /// f32: that of the row's token, NaN if there is no such id, then those of `top_ids`. All of a row are NaN if it holds NaN or
     /// positive infinity.
     ///
     /// # Errors
     /// As of every op; always of a backend that does not [sample](Self::SAMPLES).
-    fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        let _ = (logits, token_ids, top_ids, out);
+    fn logprobs(
+        &self,
+        logits: &Tensor<Self>,
+        vocab: usize,
+        token_ids: &Tensor<Self>,
+        top_ids: &mut Tensor<Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        let _ = (logits, vocab, token_ids, top_ids, out);
         Err(Error::shape("logprobs", "expected a backend that samples; take the logits to the host"))
     }
 

@@ -285,15 +285,16 @@ pub fn sample<B: Backend>(logits: &Tensor<B>, draws: &Draws<'_, B>, out: &Tensor
 }
 
 /// [`Backend::logprobs`]
-pub fn logprobs<B: Backend>(logits: &Tensor<B>, token_ids: &Tensor<B>, top_ids: &Tensor<B>, out: &Tensor<B>) -> Result<()> {
+pub fn logprobs<B: Backend>(logits: &Tensor<B>, vocab: usize, token_ids: &Tensor<B>, top_ids: &Tensor<B>, out: &Tensor<B>) -> Result<()> {
     let check = Check("logprobs");
     let (rows, top) = (logits.rows(), top_ids.cols());
     check.dtype("logits", logits.dtype(), &[DType::F32])?;
     check.indices("token_ids", token_ids, rows)?;
     check.tensor("top_ids", top_ids, rows, top, &[DType::I32])?;
-    check.holds((0..=logits.cols()).contains(&top) && logits.cols() > 0, || {
-        format!("expected top_ids with at most the {} columns of logits, found {top}", logits.cols())
+    check.holds((1..=logits.cols()).contains(&vocab), || {
+        format!("expected a vocabulary of 1 to {} tokens, the columns of logits, found {vocab}", logits.cols())
     })?;
+    check.holds(top <= vocab, || format!("expected top_ids with at most the {vocab} tokens of the vocabulary, found {top}"))?;
     check.tensor("out", out, rows, 1 + top, &[DType::F32])
 }
 

@@ -35,6 +35,20 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         self.stacked([(name, shape)])
     }
 
+    /// The matrix `name` with rows of zeros below, to as many as the backend [likes](Backend::padded_features).
+    ///
+    /// # Errors
+    /// Those of [`tensor`](Self::tensor).
+    pub fn padded(&self, name: &str, shape: [usize; 2]) -> Result<Matrix<B>> {
+        let view = self.weights.get(&self.key(name), &shape)?;
+        let (bytes, missing) = (view.bytes().len(), self.backend.padded_features(shape[0]) - shape[0]);
+        let zeros = (missing > 0).then(|| view.zeros_below(missing));
+        let views: Vec<WeightView> = std::iter::once(view).chain(zeros).collect();
+        let matrix = self.backend.load_weight(&views)?;
+        (self.progress)(bytes);
+        Ok(matrix)
+    }
+
     /// Several tensors as one: matrices by rows, vectors end to end.
     ///
     /// # Errors

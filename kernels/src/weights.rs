@@ -13,6 +13,7 @@ use std::{collections::BTreeMap, fs::File, ops::Range, path::Path, sync::Arc};
 enum Buffer {
     Mapped(Arc<Mmap>),
     Static(&'static [u8]),
+    Owned(Arc<[u8]>),
 }
 
 impl Buffer {
@@ -20,6 +21,7 @@ impl Buffer {
         match self {
             Self::Mapped(map) => map,
             Self::Static(bytes) => bytes,
+            Self::Owned(bytes) => bytes,
         }
     }
 }
@@ -38,6 +40,13 @@ pub struct WeightView {
 }
 
 impl WeightView {
+    /// `rows` rows of zeros that stack below this matrix.
+    pub fn zeros_below(&self, rows: usize) -> Self {
+        let bytes = rows * self.cols() * self.dtype.size();
+        let shape = std::iter::once(rows).chain(self.shape.iter().skip(1).copied()).collect();
+        Self { buffer: Buffer::Owned(vec![0; bytes].into()), range: 0..bytes, name: self.name.clone(), dtype: self.dtype, shape }
+    }
+
     /// The elements, little-endian, row-major. Not necessarily aligned to the element type.
     pub fn bytes(&self) -> &[u8] {
         &self.buffer.bytes()[self.range.clone()]

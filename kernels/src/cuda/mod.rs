@@ -196,6 +196,11 @@ impl Backend for Cuda {
         if sequences > 4 { sequences.next_multiple_of(8) } else { sequences.next_power_of_two() }
     }
 
+    fn padded_features(&self, features: usize) -> usize {
+        // Rows of f32 and of bf16 then begin at 128 bytes: cuBLASLt has kernels that want 16.
+        features.next_multiple_of(64)
+    }
+
     fn activation_dtype(&self) -> DType {
         DType::Bf16
     }
@@ -335,8 +340,15 @@ impl Backend for Cuda {
         sample::sample(self, logits, draws, out)
     }
 
-    fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        sample::logprobs(self, logits, token_ids, top_ids, out)
+    fn logprobs(
+        &self,
+        logits: &Tensor<Self>,
+        vocab: usize,
+        token_ids: &Tensor<Self>,
+        top_ids: &mut Tensor<Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        sample::logprobs(self, logits, vocab, token_ids, top_ids, out)
     }
 
     fn silu_and_mul(&self, x: &Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {

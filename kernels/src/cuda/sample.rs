@@ -22,13 +22,14 @@ pub(super) fn sample(cuda: &Cuda, logits: &Tensor<Cuda>, draws: &Draws<'_, Cuda>
 pub(super) fn logprobs(
     cuda: &Cuda,
     logits: &Tensor<Cuda>,
+    vocab: usize,
     token_ids: &Tensor<Cuda>,
     top_ids: &mut Tensor<Cuda>,
     out: &mut Tensor<Cuda>,
 ) -> Result<()> {
-    check::logprobs(logits, token_ids, top_ids, out)?;
+    check::logprobs(logits, vocab, token_ids, top_ids, out)?;
     let launch = cuda.launch("logprobs")?.grid([logits.rows(), 1, 1]).threads(THREADS).shared_bytes(THREADS / 32 * size_of::<u64>());
     let launch = launch.pointer(pointer(logits)).pointer(pointer(token_ids)).pointer(pointer(top_ids)).pointer(pointer(out));
     // SAFETY: shapes were checked.
-    unsafe { launch.int(logits.cols()).int(top_ids.cols()).run() }
+    unsafe { launch.int(logits.cols()).int(vocab).int(top_ids.cols()).run() }
 }

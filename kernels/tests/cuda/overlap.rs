@@ -255,7 +255,7 @@ fn sampling_waits_for_the_kernels_ahead() {
     let inputs = &mut [Input::new(cuda, 100, [1, 2].map(|seed| Rng(seed).units(3 * 100))), Input::indices(cuda, [[5, 50, 99], [0, 7, 61]])];
     let mut top_ids = poisoned(cuda, 3, 4, DType::I32);
     check(cuda, "logprobs", inputs, &mut poisoned(cuda, 3, 5, DType::F32), &mut |inputs, out| {
-        cuda.logprobs(&inputs[0].live, &inputs[1].live, &mut top_ids, out).unwrap();
+        cuda.logprobs(&inputs[0].live, 100, &inputs[1].live, &mut top_ids, out).unwrap();
     });
 }
 

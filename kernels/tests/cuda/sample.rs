@@ -151,11 +151,14 @@ fn equals_at_the_border_stay_and_coldest_is_greedy() {
     assert_eq!(ids(0, 1.0, f32::MIN_POSITIVE), [1, 2, 3]);
 }
 
-/// Log-probabilities of `token_ids` and of the `top` most likely of each row: ids, and values as the op lays them out.
+/// Log-probabilities of `token_ids` and of the `top` most likely of each row: ids, and values as the op lays them out. Behind the logits
+/// of each row are a few that do not count.
 fn logprobs(cuda: &Cuda, logits: &[f32], vocab: usize, token_ids: &[i32], top: usize) -> (Vec<i32>, Vec<f32>) {
     let n = token_ids.len();
     let (mut top_ids, mut out) = (poisoned(cuda, n, top, DType::I32), poisoned(cuda, n, 1 + top, DType::F32));
-    cuda.logprobs(&elements(cuda, n, vocab, logits), &indices(cuda, token_ids), &mut top_ids, &mut out).unwrap();
+    let rows = logits.chunks(vocab).flat_map(|row| [row, &[f32::NAN, f32::INFINITY, 1e30]].concat()).collect::<Vec<f32>>();
+    let logits = elements(cuda, n, vocab + 3, &rows);
+    cuda.logprobs(&logits, vocab, &indices(cuda, token_ids), &mut top_ids, &mut out).unwrap();
     let mut ids = vec![0; n * top];
     cuda.download(&top_ids, &mut ids).unwrap();
     (ids, read(cuda, &out))

@@ -22,7 +22,7 @@ pub(crate) struct Drawing<B: Backend> {
     top_k: Tensor<B>,       // [O, 1] i32
     top_p: Tensor<B>,       // [O, 1] f32
     random: Tensor<B>,      // [O, 2] i32
-    banned: Tensor<B>,      // [1, ceil(vocab / 32)] i32: bits
+    banned: Tensor<B>,      // [1, ceil(columns of logits / 32)] i32: bits
     out: Tensor<B>,         // [O, 1] i32
     rows: Rows,
 }
@@ -37,11 +37,14 @@ struct Rows {
 }
 
 impl<B: Backend> Drawing<B> {
-    /// Room for `outputs` rows. `packed` are temperature, top-k, top-p and random bits, which go up with the step.
+    /// Room for `outputs` rows. `packed` are temperature, top-k, top-p and random bits, which go up with the step. What fills up the
+    /// logits is never drawn, as `banned_token_ids` are not.
     pub(crate) fn new(backend: &B, packed: [Tensor<B>; 4], outputs: usize, vocab_size: usize, banned_token_ids: &[u32]) -> Result<Self> {
         let [temperature, top_k, top_p, random] = packed;
-        let mut bits = vec![0i32; vocab_size.div_ceil(32)];
-        banned_token_ids.iter().for_each(|id| bits[*id as usize / 32] |= 1 << (id % 32));
+        let columns = backend.padded_features(vocab_size);
+        let mut bits = vec![0i32; columns.div_ceil(32)];
+        let banned = banned_token_ids.iter().map(|id| *id as usize).chain(vocab_size..columns);
+        banned.for_each(|id| bits[id / 32] |= 1 << (id % 32));
         let mut banned = backend.alloc(1, bits.len(), DType::I32)?;
         backend.upload(&bits, &mut banned)?;
         Ok(Self { temperature, top_k, top_p, random, banned, out: backend.alloc(outputs, 1, DType::I32)?, rows: Rows::default() })

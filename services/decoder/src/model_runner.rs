@@ -295,23 +295,25 @@ impl<B: Backend> ModelRunner<B> {
     /// Takes the logits of the outputs from which the host chooses.
     fn download_logits(&mut self, outputs: &[Output]) -> Result<()> {
         let on_host = outputs.iter().filter(|output| output.draw.is_none()).map(|output| output.rows).sum::<usize>();
+        let (backend, logits) = (&self.backend, self.workspace.logits_mut());
+        let columns = logits.cols();
         // What is there is overwritten: only what is new costs a clearing.
-        self.logits.resize(on_host * self.vocab_size, 0.0);
+        self.logits.resize(on_host * columns, 0.0);
         if on_host == 0 {
             return Ok(());
         }
-        let (backend, logits) = (&self.backend, self.workspace.logits_mut());
         let (mut first_row, mut rest) = (0, &mut self.logits[..]);
         for of_kind in outputs.chunk_by(|a, b| a.draw.is_some() == b.draw.is_some()) {
             let rows: usize = of_kind.iter().map(|output| output.rows).sum();
             if of_kind[0].draw.is_none() {
-                let (own, behind) = rest.split_at_mut(rows * self.vocab_size);
+                let (own, behind) = rest.split_at_mut(rows * columns);
                 rest = behind;
                 logits.set_window(first_row..first_row + rows)?;
                 backend.download(logits, own)?;
             }
             first_row += rows;
         }
+        keep_columns(&mut self.logits, columns, self.vocab_size);
         logits.set_rows(first_row)
     }
 
@@ -336,8 +338,9 @@ impl<B: Backend> ModelRunner<B> {
                 }
                 continue;
             }
-            self.prompt_logits.resize(slice.len() * self.vocab_size, 0.0);
+            self.prompt_logits.resize(slice.len() * workspace.logits().cols(), 0.0);
             backend.download(workspace.logits(), &mut self.prompt_logits)?;
+            keep_columns(&mut self.prompt_logits, workspace.logits().cols(), self.vocab_size);
             for (PromptPlace { part, token_id, top, .. }, logits) in slice.iter().zip(self.prompt_logits.chunks_exact(self.vocab_size)) {
                 on_prompt(*part, *token_id, logprobs(logits, *token_id, *top));
             }
@@ -369,6 +372,17 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.upload(&rows, &mut self.images.rows)?;
         upload_as(&self.backend, &values, &mut self.images.tokens)?;
         Ok(true)
+    }
+}
+
+/// Of rows of `columns` values keeps the first `kept` of each.
+fn keep_columns(values: &mut Vec<f32>, columns: usize, kept: usize) {
+    if kept < columns {
+        let rows = values.len() / columns;
+        for row in 1..rows {
+            values.copy_within(row * columns..row * columns + kept, row * kept);
+        }
+        values.truncate(rows * kept);
     }
 }
 

@@ -5,6 +5,7 @@ use idefics_kernels::{Backend, DType, Download, Result, Tensor};
 
 /// Tensors of [`Backend::logprobs`], allocated once; empty where the backend does not sample.
 pub(crate) struct Scoring<B: Backend> {
+    vocab: usize,
     top_ids: Tensor<B>, // [O, K] i32: as many as anybody may ask for
     values: Tensor<B>,  // [O, 1 + K] f32
 }
@@ -30,17 +31,17 @@ impl<B: Backend> Scoring<B> {
     /// Room for `outputs` rows.
     pub(crate) fn new(backend: &B, outputs: usize, vocab_size: usize) -> Result<Self> {
         let (rows, top) = if B::SAMPLES { (outputs, vocab_size.min(MAX_LOGPROBS as usize)) } else { (0, 0) };
-        Ok(Self { top_ids: backend.alloc(rows, top, DType::I32)?, values: backend.alloc(rows, 1 + top, DType::F32)? })
+        Ok(Self { vocab: vocab_size, top_ids: backend.alloc(rows, top, DType::I32)?, values: backend.alloc(rows, 1 + top, DType::F32)? })
     }
 
-    /// Queues log-probabilities of `token_ids` `[n, 1]` i32 and of the most likely tokens of each row of `logits` `[n, vocab]`, and their
+    /// Queues log-probabilities of `token_ids` `[n, 1]` i32 and of the most likely tokens of each row of `logits` `[n, vocab or more]`, and their
     /// way to the host.
     pub(crate) fn begin(&mut self, backend: &B, logits: &Tensor<B>, token_ids: &Tensor<B>) -> Result<PendingScores> {
-        let Self { top_ids, values } = self;
+        let Self { vocab, top_ids, values } = self;
         let rows = logits.rows();
         top_ids.set_rows(rows)?;
         values.set_rows(rows)?;
-        backend.logprobs(logits, token_ids, top_ids, values)?;
+        backend.logprobs(logits, *vocab, token_ids, top_ids, values)?;
         let (top, top_ids) = (top_ids.cols(), backend.begin_download(top_ids)?);
         Ok(PendingScores { top, rows, top_ids, values: backend.begin_download(values)? })
     }

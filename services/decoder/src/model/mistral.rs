@@ -130,7 +130,7 @@ pub struct Workspace<B: Backend> {
     activated: Tensor<B>,      // [T, intermediate]
     outputs: Tensor<B>,        // [O, hidden] the rows whose next token is wanted
     normed_outputs: Tensor<B>, // [O, hidden]
-    logits: Tensor<B>,         // [O, vocab] f32
+    logits: Tensor<B>,         // [O, vocab and what it is filled up with] f32
     inv_freq: Tensor<B>,       // [1, head_dim / 2] f32
     cos_sin: Tensor<B>,        // [T, head_dim] f32: of the tokens' angles, for all layers
 }
@@ -158,7 +158,7 @@ impl<B: Backend> Workspace<B> {
             activated: alloc(max_tokens, config.intermediate_size)?,
             outputs: alloc(max_outputs, hidden)?,
             normed_outputs: alloc(max_outputs, hidden)?,
-            logits: backend.alloc(max_outputs, config.vocab_size, DType::F32)?,
+            logits: backend.alloc(max_outputs, backend.padded_features(config.vocab_size), DType::F32)?,
             inv_freq,
             cos_sin: backend.alloc(max_tokens, 2 * half, DType::F32)?,
         })
@@ -188,7 +188,8 @@ impl<B: Backend> Workspace<B> {
         Ok(())
     }
 
-    /// `[outputs, vocab]` f32, of the last step or the last call of [`Mistral::head`].
+    /// `[outputs, vocab or more]` f32, of the last step or the last call of [`Mistral::head`]; what is behind the vocabulary does not
+    /// count.
     pub fn logits(&self) -> &Tensor<B> {
         &self.logits
     }
@@ -201,10 +202,10 @@ impl<B: Backend> Workspace<B> {
 
 /// The decoder's weights.
 pub struct Mistral<B: Backend> {
-    embed_tokens: Matrix<B>, // [vocab, hidden]
+    embed_tokens: Matrix<B>, // [vocab, hidden]; filled up if it is the head, too
     layers: Vec<DecoderLayer<B>>,
     norm: Matrix<B>,
-    lm_head: Option<Matrix<B>>, // [vocab, hidden]; none if tied to the embeddings
+    lm_head: Option<Matrix<B>>, // [vocab, hidden], filled up; none if tied to the embeddings
     shape: AttentionShape,
     sliding_window: Option<usize>,
     eps: f32,
@@ -219,12 +220,16 @@ impl<B: Backend> Mistral<B> {
         let (model, shape) = (root.sub("model.text_model"), attention_shape(config));
         let (layers, table) = (model.sub("layers"), [config.vocab_size, config.hidden_size]);
         Ok(Self {
-            embed_tokens: model.tensor("embed_tokens.weight", table)?,
+            embed_tokens: if tie_word_embeddings {
+                model.padded("embed_tokens.weight", table)?
+            } else {
+                model.tensor("embed_tokens.weight", table)?
+            },
             layers: (0..config.num_hidden_layers)
                 .map(|i| DecoderLayer::load(&layers.sub(&i.to_string()), config, shape))
                 .collect::<Result<_>>()?,
             norm: model.tensor("norm.weight", [config.hidden_size])?,
-            lm_head: if tie_word_embeddings { None } else { Some(root.tensor("lm_head.weight", table)?) },
+            lm_head: if tie_word_embeddings { None } else { Some(root.padded("lm_head.weight", table)?) },
             shape,
             sliding_window: config.sliding_window,
             eps: config.rms_norm_eps,

@@ -147,6 +147,10 @@ impl Backend for Card {
         sequences.next_multiple_of(3)
     }
 
+    fn padded_features(&self, features: usize) -> usize {
+        features.next_multiple_of(8) + 8
+    }
+
     fn activation_dtype(&self) -> DType {
         self.cpu.activation_dtype()
     }
@@ -281,10 +285,18 @@ impl Backend for Card {
         self.cpu.upload(&chosen.collect::<Vec<i32>>(), &mut lend(out))
     }
 
-    fn logprobs(&self, logits: &Tensor<Self>, token_ids: &Tensor<Self>, top_ids: &mut Tensor<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        let (vocab, top) = (logits.cols(), top_ids.cols());
+    fn logprobs(
+        &self,
+        logits: &Tensor<Self>,
+        vocab: usize,
+        token_ids: &Tensor<Self>,
+        top_ids: &mut Tensor<Self>,
+        out: &mut Tensor<Self>,
+    ) -> Result<()> {
+        let top = top_ids.cols();
         let (mut ids, mut values) = (Vec::new(), Vec::new());
-        for (logits, token_id) in self.values::<f32>(logits)?.chunks_exact(vocab).zip(self.values::<i32>(token_ids)?) {
+        for (logits, token_id) in self.values::<f32>(logits)?.chunks_exact(logits.cols()).zip(self.values::<i32>(token_ids)?) {
+            let logits = &logits[..vocab];
             let log_sum = logits.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln();
             let of = |id: usize| logits.get(id).map_or(f32::NAN, |logit| (f64::from(*logit) - log_sum) as f32);
             let mut likeliest: Vec<usize> = (0..vocab).collect();
