@@ -153,6 +153,14 @@ struct Block {
   std::shared_ptr<void> warpgroups;                     // products under way: wgmma.h
   void (*at_exit)() = nullptr;                          // what must hold when a thread ends
   unsigned rng = 1;
+
+  Block() = default;
+  Block(const Block&) = delete;
+  // A thread that ends gives back the stacks of its blocks: a process may have 65,530 mappings, and each stack is two.
+  ~Block() {
+    for (Fiber& fiber : f)
+      if (fiber.stack) munmap(fiber.stack, STACK);
+  }
 };
 inline Block*& blk() {
   static thread_local Block* b = nullptr;
@@ -379,7 +387,9 @@ inline void prepare(Block& b, const Grid& launch, uint64_t index) {
   for (unsigned i = 0; i < n; i++) {
     Fiber& f = b.f[i];
     if (!f.stack) {
-      f.stack = (char*)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stack == MAP_FAILED) die("no memory for the stack of a thread");
+      f.stack = (char*)stack;
       mprotect(f.stack, 4096, PROT_NONE);
     }
     f.tid = i;
