@@ -78,7 +78,7 @@ impl Cuda {
     /// Opens a card, compiles and loads the kernels. Blocks: seconds where they are not in the cache.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) that says what is missing: the driver, the card, a compute capability of 8.0, or what
+    /// [`Error::Device`] that says what is missing: the driver, the card, a compute capability of 8.0, or what
     /// `options.attention` needs; NVRTC, cuBLASLt, memory.
     pub fn open(options: &CudaOptions) -> Result<Self> {
         let device = Device::open(options.ordinal)?;
