@@ -5,8 +5,8 @@
 // are read twice, the first time from memory: 4 * vocab bytes move a row.
 #include "rank.cuh"
 
-// logits [rows, cols], of which the first `vocab` columns count; top_ids [rows, top]; out [rows, 1 + top]. Everything of a row is NaN if it holds NaN or positive infinity;
-// the token's own is if it is not an id.
+// logits [rows, cols], of which the first `vocab` columns count; top_ids [rows, top]; out [rows, 1 + top]. Everything of a row is NaN
+// if it holds NaN or positive infinity; the token's own is if it is not an id.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     logprobs(const float* logits, const int* token_ids, int* top_ids, float* out, int cols, int vocab, int top) {
   ptx::launch_dependents();

@@ -47,10 +47,13 @@ def run(bench, log):
     for index, program in enumerate(programs):
         # With one thread libtest does not put a test and its outcome in one line.
         command = [program, "--ignored", "--nocapture", "--test-threads", str(min(max(os.cpu_count(), 2), 8))]
-        ops.together |= dict.fromkeys(names(program), False)
+        tests = names(program)
+        ops.together |= dict.fromkeys(tests, False)
         try:
             # The engine may be right where an op is not, or the other way round; where one hangs, time must be left for the other.
             run_logged(command, log, bench.left() * (0.6 if index == 0 else 0.8), lambda line: ops.take(line, ops.together))
+            # Its status says so, wherever another test's words stand between a name and its outcome.
+            ops.together |= dict.fromkeys(tests, True)
         except Failed as error:
             failures.append(str(error))
         bench.partial["ops"] = ops.result()
